@@ -1,0 +1,112 @@
+"""The model as its own judge: several judgements of each response, averaged (paper section 2.2)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from srlm_jax.judge.parse import parse_vote
+from srlm_jax.judge.rubric import Rubric, fill
+from srlm_jax.records import (
+    Completion,
+    Generate,
+    JudgedPrompt,
+    JudgedResponse,
+    RankedPrompt,
+    Request,
+    Responses,
+    SamplingParams,
+    Vote,
+)
+
+
+def mean_score(votes: Sequence[Vote]) -> float | None:
+    """The mean of the votes that carry a score, None where none does; never rounded to whole points.
+
+    The sum is exact and rounded once, so that equal means are equal floats whatever the order of the votes: a tie is
+    a tie (paper section 2.2 averages three votes).
+    """
+    scores = [Fraction(vote.score) for vote in votes if vote.score is not None]
+    return float(sum(scores) / len(scores)) if scores else None
+
+
+def judge(
+    generate: Generate,
+    rubric: Rubric,
+    answers: Sequence[Responses],
+    params: SamplingParams,
+    report: Callable[[int, int], None],
+) -> list[JudgedPrompt]:
+    """Judges every response `params.samples` times; the results come in the order of `answers`.
+
+    One request per instruction, its id that of the instruction: all its judgements share their beginning. The
+    rubric's stop strings are added to those of `params`. Responses the length limit cut are judged like any other.
+
+    Raises ValueError where two entries of `answers` have one id: they would be judged with the same random numbers.
+    """
+    _check_distinct([answer.id for answer in answers])
+    requests = [
+        Request(
+            id=answer.id,
+            prompts=tuple(fill(rubric, answer.prompt, completion.text) for completion in answer.completions),
+            chat=True,
+        )
+        for answer in answers
+    ]
+    params = dataclasses.replace(params, stop=tuple(dict.fromkeys((*params.stop, *rubric.stop))))
+    judgements = generate(requests, params, report)
+    return [
+        JudgedPrompt(
+            id=answer.id,
+            prompt=answer.prompt,
+            responses=tuple(
+                _judged(completion, texts)
+                for completion, texts in zip(answer.completions, judgements_of_answer, strict=True)
+            ),
+        )
+        for answer, judgements_of_answer in zip(answers, judgements, strict=True)
+    ]
+
+
+def matched(ranked: Sequence[RankedPrompt], judged: Sequence[JudgedPrompt]) -> list[tuple[RankedPrompt, JudgedPrompt]]:
+    """Each human ranking with the judge's verdict on the same instruction, joined by id, in the order of `ranked`.
+
+    Raises ValueError where the two do not hold the same ids, once each, or differ in the instruction or a response.
+    """
+    _check_distinct([prompt.id for prompt in ranked])
+    _check_distinct([prompt.id for prompt in judged])
+    by_id = {prompt.id: prompt for prompt in judged}
+    alone = sorted(by_id.keys() ^ {prompt.id for prompt in ranked})
+    if alone:
+        raise ValueError(
+            f"{len(alone)} prompts are either ranked or judged but not both, among them '{alone[0]}'; "
+            "judge the very prompts that are ranked"
+        )
+    for prompt in ranked:
+        verdict = by_id[prompt.id]
+        if len(prompt.ranks) != len(prompt.responses):
+            raise ValueError(f"prompt '{prompt.id}': {len(prompt.responses)} responses but {len(prompt.ranks)} ranks")
+        if prompt.prompt != verdict.prompt or prompt.responses != tuple(r.response for r in verdict.responses):
+            raise ValueError(
+                f"prompt '{prompt.id}': the judged texts are not the ranked ones, or in another order; "
+                "judge the prompt again"
+            )
+    return [(prompt, by_id[prompt.id]) for prompt in ranked]
+
+
+def _judged(completion: Completion, judgements: Sequence[Completion]) -> JudgedResponse:
+    votes = tuple(parse_vote(judgement.text, judgement.finished) for judgement in judgements)
+    return JudgedResponse(
+        response=completion.text,
+        tokens=completion.tokens,
+        finished=completion.finished,
+        votes=votes,
+        score=mean_score(votes),
+    )
+
+
+def _check_distinct(ids: Sequence[str]) -> None:
+    seen = set()
+    for name in ids:
+        if name in seen:
+            raise ValueError(f"the id '{name}' occurs twice; give each prompt an id of its own")
+        seen.add(name)

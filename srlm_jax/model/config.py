@@ -1,0 +1,77 @@
+"""The numbers that make a Llama, and the published ones."""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A Llama-architecture decoder. The letters are the ones that name array axes everywhere in this package."""
+
+    V: int  # vocabulary
+    D: int  # width of the residual stream
+    L: int  # layers
+    N: int  # query heads
+    K: int  # key-value heads; N / K query heads share one (GQA)
+    H: int  # width of a head
+    F: int  # width of the gated MLP
+    rope_theta: float  # base of the rotary angles
+    norm_eps: float  # added to the mean square in RMSNorm
+    tied: bool  # the embedding is also the output head
+    param_dtype: str  # what the weights are kept in
+    compute_dtype: str  # what the matrix products run in
+    remat: bool  # recompute each block's activations in the backward pass
+
+    def __post_init__(self):
+        for field in ("V", "D", "L", "N", "K", "H", "F"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field} must be at least 1, not {getattr(self, field)}")
+        if self.N % self.K:
+            raise ValueError(f"model.N ({self.N} query heads) must be a multiple of model.K ({self.K} key-value heads)")
+        if self.H % 2:
+            raise ValueError(f"model.H must be even, not {self.H}: rotary position embedding turns pairs")
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds."""
+        attention = self.D * self.H * (2 * self.N + 2 * self.K)
+        block = attention + 3 * self.D * self.F + 2 * self.D
+        return self.L * block + self.D + self.V * self.D * (1 if self.tied else 2)
+
+
+def _llama2(*, D: int, L: int, N: int, K: int, F: int) -> LlamaConfig:
+    return LlamaConfig(
+        V=32_000, D=D, L=L, N=N, K=K, H=128, F=F, rope_theta=10_000.0, norm_eps=1e-5, tied=False,
+        param_dtype="float32", compute_dtype="bfloat16", remat=True,
+    )  # fmt: skip
+
+
+def llama2_7b() -> LlamaConfig:
+    """Llama 2 7B: 6,738,415,616 parameters."""
+    return _llama2(D=4096, L=32, N=32, K=32, F=11_008)
+
+
+def llama2_13b() -> LlamaConfig:
+    """Llama 2 13B: 13,015,864,320 parameters."""
+    return _llama2(D=5120, L=40, N=40, K=40, F=13_824)
+
+
+def llama2_70b() -> LlamaConfig:
+    """Llama 2 70B, the paper's model: 68,976,648,192 parameters."""
+    return _llama2(D=8192, L=80, N=64, K=8, F=28_672)
+
+
+def tiny() -> LlamaConfig:
+    """The model of the embedded world: 0.8 million parameters, every mechanism of the large ones."""
+    return LlamaConfig(
+        V=320, D=128, L=4, N=4, K=2, H=32, F=384, rope_theta=10_000.0, norm_eps=1e-5, tied=True,
+        param_dtype="float32", compute_dtype="float32", remat=False,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Callable[[], LlamaConfig]] = {
+    "llama2_7b": llama2_7b,
+    "llama2_13b": llama2_13b,
+    "llama2_70b": llama2_70b,
+    "tiny": tiny,
+}

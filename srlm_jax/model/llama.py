@@ -1,0 +1,170 @@
+"""Llama in Flax NNX: one forward for training, prefill and decoding.
+
+A module is a named bag of weights and a `__call__` that never assigns to it. The blocks are stacked by construction
+(every weight has a leading layer axis) and `lax.scan` peels them off, so a program's size does not grow with depth.
+
+Axes: B rows, T new tokens, S cached positions, D width, N query heads, K key-value heads, H head width, F MLP width,
+V vocabulary, L layers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from srlm_jax.model import ops
+from srlm_jax.model.cache import Cache, Level
+from srlm_jax.model.config import LlamaConfig
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float, dtype: str) -> nnx.Param:
+    """A normally distributed weight and the logical name of each of its axes."""
+    return nnx.Param(scale * rngs.params.normal(shape, dtype), axes=axes)
+
+
+def norm_scale(shape: tuple[int, ...], axes: tuple[str, ...], dtype: str) -> nnx.Param:
+    """The scale of an RMSNorm, which starts at one."""
+    return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+
+
+class Blocks(nnx.Module):
+    """All L transformer blocks, stacked on the leading axis."""
+
+    def __init__(self, c: LlamaConfig, *, rngs: nnx.Rngs):
+        narrow, wide = 0.02, 0.02 / (2 * c.L) ** 0.5  # the second for what is added to the residual stream (GPT-2)
+        t = c.param_dtype
+        self.attention_norm = norm_scale((c.L, c.D), ("layers", "norm"), t)
+        self.q = weight(rngs, (c.L, c.D, c.N, c.H), ("layers", "embed", "heads", "head"), narrow, t)
+        self.k = weight(rngs, (c.L, c.D, c.K, c.H), ("layers", "embed", "kv_heads", "head"), narrow, t)
+        self.v = weight(rngs, (c.L, c.D, c.K, c.H), ("layers", "embed", "kv_heads", "head"), narrow, t)
+        self.o = weight(rngs, (c.L, c.N, c.H, c.D), ("layers", "heads", "head", "embed"), wide, t)
+        self.mlp_norm = norm_scale((c.L, c.D), ("layers", "norm"), t)
+        self.gate = weight(rngs, (c.L, c.D, c.F), ("layers", "embed", "mlp"), narrow, t)
+        self.up = weight(rngs, (c.L, c.D, c.F), ("layers", "embed", "mlp"), narrow, t)
+        self.down = weight(rngs, (c.L, c.F, c.D), ("layers", "mlp", "embed"), wide, t)
+
+
+class Llama(nnx.Module):
+    """Token ids in, final hidden states out; `head` turns those into logits where they are wanted.
+
+    The logits are left to the caller because nobody needs all of them at once: the losses take them in chunks, the
+    sampler takes the last position's.
+    """
+
+    def __init__(self, c: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = nnx.static(c)
+        self.embedding = weight(rngs, (c.V, c.D), ("vocab", "embed"), 0.02, c.param_dtype)
+        self.blocks = Blocks(c, rngs=rngs)
+        self.norm = norm_scale((c.D,), ("norm",), c.param_dtype)
+        if not c.tied:
+            self.output = weight(rngs, (c.D, c.V), ("embed", "vocab"), 0.02, c.param_dtype)
+
+    def head(self) -> Float[Array, "D V"]:
+        """The output projection, in the compute dtype: logits = hidden @ head."""
+        head = self.embedding[...].T if self.config.tied else self.output[...]
+        return head.astype(self.config.compute_dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None,
+        cache: Cache | None,
+        dropout: ops.Dropout | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Final hidden states, and the cache with the new tokens in it.
+
+        Args:
+          tokens_BT: token ids.
+          positions_BT: each token's place in its own document, from 0.
+          segments_BT: without a cache, which document of a packed row a token belongs to; tokens attend within their
+            document only, to themselves and what came before. None: each row is one document.
+          cache: with one, tokens attend as it says (see `Cache`), and `segments_BT` must be None.
+          dropout: residual and attention dropout, for training.
+        """
+        c = self.config
+        B, T = tokens_BT.shape
+        cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta)
+        if cache is None:
+            mask_BTS = causal_mask(T, segments_BT)
+            parents, leaf = (), None
+        else:
+            assert segments_BT is None
+            mask_BTS, parents, leaf = cache.mask_BTS, cache.parents, (cache.k_LBKSH, cache.v_LBKSH)
+
+        def block(carry, scanned):
+            x_BTD, leaf = carry
+            w, layer, parent_kvs = scanned
+            drop = None if dropout is None else dropout.fold(layer)
+            cast = jax.tree.map(lambda p: p.astype(c.compute_dtype), w)
+            h_BTD = ops.rms_norm(x_BTD, cast.attention_norm[...], c.norm_eps)
+            q_BNTH = ops.rotate(project(h_BTD, cast.q[...]), cos, sin)
+            k_BKTH = ops.rotate(project(h_BTD, cast.k[...]), cos, sin)
+            v_BKTH = project(h_BTD, cast.v[...])
+            if leaf is None:
+                k_BKSH, v_BKSH = k_BKTH, v_BKTH
+            else:
+                # The stacked cache travels in the carry, so that it is updated in place.
+                start = (layer, 0, 0, cache.slot, 0)
+                leaf = tuple(
+                    jax.lax.dynamic_update_slice(kv, new[None].astype(kv.dtype), start)
+                    for kv, new in zip(leaf, (k_BKTH, v_BKTH), strict=True)
+                )
+                k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(kv, layer, keepdims=False) for kv in leaf)
+            parts = [ops.attend(q_BNTH, k_BKSH, v_BKSH, mask_BTS[:, None], drop and drop.fold(0))]
+            parts += [
+                ops.attend(q_BNTH, k, v, level.valid_RS[:, None, None], None)
+                for level, (k, v) in zip(parents, parent_kvs, strict=True)
+            ]
+            a_BNTH = ops.merge_attention(*map(list, zip(*parts, strict=True)))
+            a_BTD = a_BNTH.swapaxes(1, 2).reshape(B, T, -1) @ cast.o[...].reshape(-1, c.D)
+            x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(1)(a_BTD))
+            h_BTD = ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps)
+            m_BTD = ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...])
+            x_BTD = x_BTD + (m_BTD if drop is None else drop.fold(2)(m_BTD))
+            return (x_BTD, leaf), None
+
+        x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]
+        parent_kvs = [(level.k_LRKSH, level.v_LRKSH) for level in parents]
+        body = jax.checkpoint(block) if c.remat and cache is None else block
+        (x_BTD, leaf), _ = jax.lax.scan(body, (x_BTD, leaf), (self.blocks, jnp.arange(c.L), parent_kvs))
+        x_BTD = ops.rms_norm(x_BTD, self.norm[...].astype(c.compute_dtype), c.norm_eps)
+        if cache is None:
+            return x_BTD, None
+        return x_BTD, dataclasses.replace(cache, k_LBKSH=leaf[0], v_LBKSH=leaf[1])
+
+
+def project(x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"]) -> Float[Array, "B N T H"]:
+    """Queries, keys or values, head-major: the layout in which attention is two plain batched matrix products."""
+    (B, T, _), (D, N, H) = x_BTD.shape, w_DNH.shape
+    return (x_BTD @ w_DNH.reshape(D, N * H)).reshape(B, T, N, H).swapaxes(1, 2)
+
+
+def causal_mask(length: int, segments_BT: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:
+    """Which token (second axis) reads which (third): itself and earlier ones of its own document.
+
+    segments a a b b ->   1 . . .
+                          1 1 . .
+                          . . 1 .
+                          . . 1 1
+    """
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segments_BT is None:
+        return causal
+    return causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
+
+
+def init(config: LlamaConfig, key: PRNGKeyArray) -> Llama:
+    """A randomly initialised model. Under `jax.jit` with shardings, each device makes its own part only."""
+    return Llama(config, rngs=nnx.Rngs(key))
+
+
+def abstract(config: LlamaConfig) -> Llama:
+    """The model with shapes and dtypes in place of arrays."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+__all__ = ["Cache", "Level", "Llama", "abstract", "causal_mask", "init", "project"]

@@ -1,0 +1,110 @@
+"""The mathematics of a Llama block as pure functions.
+
+Axes: B rows, T new tokens, S cached positions, D width, N query heads, K key-value heads, G = N / K, H head width,
+F MLP width, R rows of a cache level, C = B / R rows that share one of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+# Stands for minus infinity where a row may have nothing to attend to: exp() of it is 0, and differences stay finite.
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout: each number is kept with probability 1 - rate and scaled by its inverse."""
+
+    rate: float
+    key: PRNGKeyArray
+
+    def fold(self, index: int | Array) -> "Dropout":
+        """The same rate under another key."""
+        return Dropout(self.rate, jax.random.fold_in(self.key, index))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0)
+
+
+jax.tree_util.register_dataclass(Dropout, data_fields=["key"], meta_fields=["rate"])
+
+
+def rms_norm(x: Float[Array, "*B D"], scale_D: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + eps) * scale, with the mean taken in float32 (Llama; Zhang and Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inverse * scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def rope_angles(
+    positions_BT: Int[Array, "B T"], head_width: int, theta: float
+) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+    """Cosine and sine of the rotary angles, in float32: position / theta^(2i / head_width) for pair i."""
+    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle = positions_BT.astype(jnp.float32)[..., None] * frequency.reshape(1, 1, -1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x_BNTH: Float[Array, "B N T H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
+) -> Float[Array, "B N T H"]:
+    """Rotary position embedding in Hugging Face's layout: element i is paired with element i + H / 2."""
+    first, second = jnp.split(x_BNTH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BNTH.dtype)
+
+
+def attend(
+    q_BNTH: Float[Array, "B N T H"],
+    k_RKSH: Float[Array, "R K S H"],
+    v_RKSH: Float[Array, "R K S H"],
+    mask_RCTS: Bool[Array, "R #C #T S"],
+    dropout: Dropout | None,
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    """Softmax attention, and the log-sum-exp of its scores (float32), by which parts of one attention are merged.
+
+    Rows of queries come in R groups of C siblings that read the same keys: these are read once for all of them.
+    Query head n reads key-value head n // G. Where the mask leaves a query nothing, its log-sum-exp is about -1e30.
+    """
+    B, N, T, H = q_BNTH.shape
+    R, K, S, _ = k_RKSH.shape
+    C, G = B // R, N // K
+    # in:  rows r0c0 r0c1 r1c0 r1c1, heads k0g0 k0g1 k1g0 ...    out: for each (r, k) all queries that read its keys
+    q = q_BNTH.reshape(R, C, K, G, T, H).swapaxes(1, 2).reshape(R, K, C * G * T, H)
+    scores = jnp.einsum("rkqh,rksh->rkqs", q * H**-0.5, k_RKSH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_RCTS[:, None, :, None], scores.reshape(R, K, C, G, T, S), MASKED)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    lse = (top + jnp.log(total))[..., 0]
+    weights = weights / total
+    if dropout is not None:
+        weights = dropout(weights)
+    weights = weights.astype(v_RKSH.dtype).reshape(R, K, C * G * T, S)
+    out = jnp.einsum("rkqs,rksh->rkqh", weights, v_RKSH, preferred_element_type=jnp.float32)
+    out = out.reshape(R, K, C, G, T, H).swapaxes(1, 2).reshape(B, N, T, H)
+    return out.astype(q_BNTH.dtype), lse.swapaxes(1, 2).reshape(B, N, T)
+
+
+def merge_attention(outs: list[Float[Array, "B N T H"]], lses: list[Float[Array, "B N T"]]) -> Float[Array, "B N T H"]:
+    """Attention over the union of disjoint key sets, from the attention over each (Hydragen, arXiv 2402.05099)."""
+    if len(outs) == 1:
+        return outs[0]
+    share = jax.nn.softmax(jnp.stack(lses), axis=0)
+    merged = sum(out.astype(jnp.float32) * share[i][..., None] for i, out in enumerate(outs))
+    return merged.astype(outs[0].dtype)
+
+
+def swiglu(
+    x_BTD: Float[Array, "B T D"],
+    gate_DF: Float[Array, "D F"],
+    up_DF: Float[Array, "D F"],
+    down_FD: Float[Array, "F D"],
+) -> Float[Array, "B T D"]:
+    """(silu(x gate) * x up) down (Shazeer 2020)."""
+    return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD

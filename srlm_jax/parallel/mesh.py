@@ -1,0 +1,59 @@
+"""Device meshes: which devices hold what, and how several hosts start as one."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """How the devices are split. Two layouts over the same devices: one to train in, one to sample in.
+
+    data: groups of devices that hold whole copies of the weights (across slices). fsdp: devices that share one copy
+    and gather weights as they need them. tensor: devices that split each matrix product. Sampling uses `data` and
+    `tensor` alone: there the devices of `fsdp` count as `data`. fsdp = -1 takes all devices that are left.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+def start(coordinator: str | None) -> None:
+    """Joins this host to the others of the job, before any other JAX call. None: one host, nothing to join."""
+    if coordinator is not None:
+        jax.distributed.initialize(None if coordinator == "auto" else coordinator)
+
+
+def _make(sizes: dict[str, int]) -> jax.sharding.Mesh:
+    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+
+
+def resolve(shape: MeshShape, devices: int) -> MeshShape:
+    """`shape` with -1 replaced.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    fsdp = shape.fsdp
+    if fsdp == -1:
+        fsdp = devices // (shape.data * shape.tensor)
+    if fsdp < 1 or shape.data * fsdp * shape.tensor != devices:
+        raise ValueError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {shape.data} x {shape.fsdp} x {shape.tensor} does not make "
+            f"{devices} devices: change one of them, or set mesh.fsdp to -1"
+        )
+    return dataclasses.replace(shape, fsdp=fsdp)
+
+
+def train_mesh(shape: MeshShape) -> jax.sharding.Mesh:
+    """The mesh for training: axes data, fsdp, tensor."""
+    shape = resolve(shape, jax.device_count())
+    return _make({"data": shape.data, "fsdp": shape.fsdp, "tensor": shape.tensor})
+
+
+def sample_mesh(shape: MeshShape) -> jax.sharding.Mesh:
+    """The mesh for sampling, over the same devices: axes data, tensor."""
+    shape = resolve(shape, jax.device_count())
+    return _make({"data": shape.data * shape.fsdp, "tensor": shape.tensor})

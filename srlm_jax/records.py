@@ -1,0 +1,170 @@
+"""What the stages of an iteration hand to one another: one frozen record per line of a JSON Lines file.
+
+Text in, text out: no JAX here, and no token ids except where a length is counted. Every record is addressed by
+the id of its prompt, so that files can be joined, resumed and read in any order.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """An instruction. `origin` says where it came from: "seed" or "self-instruct"."""
+
+    id: str
+    text: str
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One supervised example: the loss is on `response` alone (and the end token after it)."""
+
+    id: str
+    prompt: str
+    response: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankedPrompt:
+    """An instruction and its answers as humans ranked them: `ranks[i]` belongs to `responses[i]`, 0 is the best."""
+
+    id: str
+    prompt: str
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a model wrote after a prompt. `finished` is False where the length limit cut it."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Responses:
+    """The N candidate answers to one prompt (paper section 2.2)."""
+
+    id: str
+    prompt: str
+    completions: tuple[Completion, ...]
+
+
+class NoVote(enum.StrEnum):
+    """Why a judgement carries no score."""
+
+    UNFINISHED = "unfinished"  # the length limit cut the judgement before a score
+    NO_SCORE = "no_score"  # the text holds no "Score: <points>"
+    OUT_OF_RANGE = "out_of_range"  # a number, but not between 0 and 5
+    NOT_A_NUMBER = "not_a_number"  # "Score: four"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vote:
+    """One judgement of one response: exactly one of `score` and `no_vote` is None."""
+
+    text: str
+    score: float | None
+    no_vote: NoVote | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgedResponse:
+    """A response and its judgements. `score` is the mean of the votes that carry one, None where none does."""
+
+    response: str
+    tokens: int
+    finished: bool
+    votes: tuple[Vote, ...]
+    score: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgedPrompt:
+    """All judged answers to one prompt."""
+
+    id: str
+    prompt: str
+    responses: tuple[JudgedResponse, ...]
+
+
+class PairDrop(enum.StrEnum):
+    """Why a prompt gives no preference pair."""
+
+    UNPARSEABLE = "unparseable"  # no response has a score
+    ONE_SCORE = "one_score"  # a single response has a score
+    TIE = "tie"  # highest and lowest mean score are equal
+    SAME_TEXT = "same_text"  # the judge scored one text in two ways: noise, not a preference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """The best and the worst answer to one prompt, by the judge's mean score (paper section 2.2)."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferencePair:
+    """A preference pair with what the round's starting model gives each answer: log-probabilities summed over its
+    tokens, the end token included, in nats."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_logprob: float
+    rejected_logprob: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A measured number with its standard error over `n` independent units."""
+
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn. `temperature` 0 is greedy; `stop` ends a completion after any of its strings."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Prompts that share their beginning (one instruction's four answers, say); each gets `samples` completions.
+
+    `id` addresses the randomness: the same id under the same seed draws the same completions in any batch.
+    `chat` wraps each prompt as a user's turn; otherwise the text is continued as it stands.
+    """
+
+    id: str
+    prompts: tuple[str, ...]
+    chat: bool
+
+
+class Generate(Protocol):
+    """Draws completions: result[i][j][k] is the k-th sample of prompt j of request i."""
+
+    def __call__(
+        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int, int], None]
+    ) -> list[tuple[tuple[Completion, ...], ...]]:
+        """`report(finished_completions, generated_tokens)` is called as the work goes on."""

@@ -1,0 +1,173 @@
+"""Weights and train states on disk, by Orbax, with a manifest that says what they are and a hash that proves it."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TypeVar
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from srlm_jax.storage import jsonl
+
+Tree = TypeVar("Tree")
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint is missing, unfinished, damaged or of another model."""
+
+
+def _names(tree: object) -> list[str]:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value") for path in paths]
+    return [name.replace("/value/", "/") or "value" for name in names]
+
+
+def named_leaves(tree: Tree) -> dict[str, jax.Array]:
+    """The arrays of a tree (or their shapes) by name: `blocks/gate`, `embedding`, ..."""
+    return dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Two 32-bit sums that any one changed bit changes; integer, so the same however the array is sharded."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    weights = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        weights = weights * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    # Odd multipliers are invertible modulo 2^32: no change of a single word can cancel.
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (2 * weights + 1) * jnp.uint32(0x9E3779B1))])
+
+
+def model_hash(model: object) -> str:
+    """A name for these exact weights: the same on any mesh, different after any change of a single number."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(model).items()):
+        digest.update(f"{name} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(np.asarray(_checksum(leaf)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_model(path: epath.PathLike, model: object, facts: Mapping[str, object]) -> str:
+    """Writes weights to the folder `path`, then a manifest with `facts`, shapes and hash; returns the hash.
+
+    The manifest comes last: a folder without one is an unfinished checkpoint and reads as missing.
+    """
+    path = epath.Path(path)
+    weights = named_leaves(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "weights", weights, force=True)
+        checkpointer.wait_until_finished()
+    identity = model_hash(model)
+    shapes = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in weights.items()}
+    if jax.process_index() == 0:
+        jsonl.write_json(path / "manifest.json", {"hash": identity, "weights": shapes, **facts})
+    return identity
+
+
+def load_model(path: epath.PathLike, like: Tree) -> Tree:
+    """The weights in the folder `path`, into the shapes, dtypes and shardings of `like`.
+
+    Raises:
+      BadCheckpoint: the folder is missing or unfinished, its weights are damaged (they do not give the manifest's
+        hash), or they are of another shape than `like`; the message names the weight.
+    """
+    path = epath.Path(path)
+    advice = "delete the folder and run the stage that makes it again (see --redo)"
+    try:
+        manifest = jsonl.read_json(path / "manifest.json")
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"{path} holds no finished checkpoint: manifest.json is missing; {advice}") from error
+    except jsonl.BadRecord as error:
+        raise BadCheckpoint(f"{error}; {advice}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("weights"), dict) or "hash" not in manifest:
+        raise BadCheckpoint(f"{path / 'manifest.json'} lacks the field 'hash' or 'weights'; {advice}")
+    wanted = named_leaves(like)
+    found = manifest["weights"]
+    for name in sorted(wanted.keys() | found.keys()):
+        want = None if name not in wanted else {"shape": list(wanted[name].shape), "dtype": str(wanted[name].dtype)}
+        if want != found.get(name):
+            raise BadCheckpoint(
+                f"{path}: weight {name!r} is {found.get(name, 'missing')}, the model configuration wants "
+                f"{want or 'none of that name'}; it is the checkpoint of another model"
+            )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            weights = checkpointer.restore(path / "weights", wanted)
+    except Exception as error:  # Orbax and TensorStore raise many types for damaged files; the cause stays attached.
+        raise BadCheckpoint(f"{path / 'weights'} cannot be read, a file is missing or damaged; {advice}") from error
+    model = jax.tree.unflatten(jax.tree.structure(like), [weights[name] for name in wanted])
+    if (identity := model_hash(model)) != manifest["hash"]:
+        raise BadCheckpoint(f"{path}: the weights' hash is {identity}, not {manifest['hash']}: damaged; {advice}")
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a training needs to go on: what the step carries, and where the data stands."""
+
+    model: object
+    opt_state: object
+
+
+class TrainCheckpoints:
+    """The last train state of an unfinished training, with the state of its data iterator. Use as a context."""
+
+    def __init__(self, path: epath.PathLike):
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        self._path = epath.Path(path)
+        self._manager = ocp.CheckpointManager(self._path, options=options)
+
+    def __enter__(self) -> "TrainCheckpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
+        """Starts writing in the background; a kill before the end leaves the one before."""
+        tree = named_leaves((state.model, state.opt_state))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree),
+                batches=grain.checkpoint.CheckpointSave(batches),
+            ),
+        )
+
+    def restore(self, like: TrainState, batches: grain.DatasetIterator) -> tuple[int, TrainState] | None:
+        """The last saved step with its state, and `batches` moved to where it was; None where nothing was saved.
+
+        Raises:
+          BadCheckpoint: what was saved cannot be read, or is of another training.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        both = (like.model, like.opt_state)
+        wanted = named_leaves(both)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(wanted),
+                    batches=grain.checkpoint.CheckpointRestore(batches),
+                ),
+            )
+        except Exception as error:  # see load_model
+            raise BadCheckpoint(
+                f"{self._path} (step {step}) cannot be read; delete the folder to train this stage from its start"
+            ) from error
+        leaves = [restored["state"][name] for name in wanted]
+        model, opt_state = jax.tree.unflatten(jax.tree.structure(both), leaves)
+        return step, TrainState(model, opt_state)
+
+
+def config_facts(config: object) -> dict[str, object]:
+    """A configuration dataclass as a manifest holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

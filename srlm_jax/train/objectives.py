@@ -1,0 +1,92 @@
+"""What a training step makes smaller: supervised fine-tuning and DPO, each a function of a model and a batch.
+
+An objective returns sums, not means, and by what count they are to be divided, so that gradient accumulation over
+microbatches gives exactly the gradient of the whole batch.
+
+Axes: B rows, T tokens, P preference pairs (rows P chosen, then P rejected).
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from srlm_jax.data.batches import PairBatch, TokenBatch
+from srlm_jax.model.llama import Llama
+from srlm_jax.model.ops import Dropout
+from srlm_jax.train import losses
+
+
+class Sums(NamedTuple):
+    """Totals over a microbatch: divide `loss` and `metrics` by `count`."""
+
+    loss: jax.Array
+    count: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class Objective(Protocol):
+    """Hashable, so that one compiled step serves every training that uses it."""
+
+    def __call__(self, model: Llama, batch: TokenBatch | PairBatch, key: jax.Array) -> Sums: ...
+
+
+def _dropout(rate: float, key: jax.Array) -> Dropout | None:
+    return Dropout(rate, key) if rate > 0 else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftObjective:
+    """Negative log-likelihood of the target tokens (paper section 2.4)."""
+
+    dropout: float
+    logprob_chunk: int  # positions of a row whose logits are held at once
+
+    def __call__(self, model: Llama, batch: TokenBatch, key: jax.Array) -> Sums:
+        hidden_BTD, _ = model(
+            batch.tokens_BT,
+            batch.positions_BT,
+            segments_BT=batch.segments_BT,
+            cache=None,
+            dropout=_dropout(self.dropout, key),
+        )
+        logprobs_BT = losses.token_logprobs(hidden_BTD, model.head(), batch.targets_BT, self.logprob_chunk)
+        return Sums(-jnp.sum(logprobs_BT * batch.mask_BT), jnp.sum(batch.mask_BT), {})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoObjective:
+    """DPO against stored reference log-probabilities (paper section 2.4)."""
+
+    beta: float
+    dropout: float
+    logprob_chunk: int
+
+    def __call__(self, model: Llama, batch: PairBatch, key: jax.Array) -> Sums:
+        both = jax.tree.map(lambda chosen, rejected: jnp.concatenate([chosen, rejected]), batch.chosen, batch.rejected)
+        logprobs_B = response_logprobs(model, both, self.logprob_chunk, _dropout(self.dropout, key))
+        chosen_P, rejected_P = jnp.split(logprobs_B, 2)
+        loss_P = losses.dpo_loss(chosen_P, rejected_P, batch.ref_chosen_P, batch.ref_rejected_P, self.beta)
+        margin_P = losses.dpo_margin(chosen_P, rejected_P, batch.ref_chosen_P, batch.ref_rejected_P)
+        # KL(policy || reference) is unknown without samples of the policy; over both answers of the pairs, which the
+        # reference itself wrote, exp(d) - 1 - d with d = log(policy / reference) estimates KL(reference || policy):
+        # it is never negative and its mean is exact where the pairs are an unbiased sample (Schulman 2020, "k3").
+        drift_B = jnp.concatenate([chosen_P - batch.ref_chosen_P, rejected_P - batch.ref_rejected_P])
+        kl_B = jnp.expm1(jnp.minimum(drift_B, 20.0)) - drift_B
+        metrics = {
+            "reward_margin": jnp.sum(self.beta * margin_P),
+            "reward_accuracy": jnp.sum((margin_P > 0) + 0.5 * (margin_P == 0)),
+            "chosen_logprob": jnp.sum(chosen_P),
+            "rejected_logprob": jnp.sum(rejected_P),
+            "chosen_drift": jnp.sum(chosen_P - batch.ref_chosen_P),
+            "rejected_drift": jnp.sum(rejected_P - batch.ref_rejected_P),
+            "kl": jnp.sum(kl_B) / 2,
+        }
+        return Sums(jnp.sum(loss_P), jnp.float32(loss_P.size), metrics)
+
+
+def response_logprobs(model: Llama, batch: TokenBatch, logprob_chunk: int, dropout: Dropout | None) -> jax.Array:
+    """Log-probability of each row's masked-in tokens, float32 [B]."""
+    hidden_BTD, _ = model(batch.tokens_BT, batch.positions_BT, segments_BT=None, cache=None, dropout=dropout)
+    return losses.sequence_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)

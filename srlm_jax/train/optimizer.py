@@ -1,0 +1,61 @@
+"""AdamW and its schedule."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with global-norm clipping, a linear warm-up, then a cosine from `learning_rate` to `end_learning_rate`."""
+
+    learning_rate: float
+    end_learning_rate: float
+    warmup_steps: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float  # decoupled; norm scales are exempt
+    clip_norm: float  # of the gradient over all weights
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step; the last of `steps` steps runs at the end of the cosine.
+
+    Raises:
+      ValueError: the warm-up is longer than the training.
+    """
+    if config.warmup_steps >= steps:
+        raise ValueError(f"warmup_steps ({config.warmup_steps}) must be fewer than the training's steps ({steps})")
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps - 1, config.warmup_steps + 1),
+        end_value=config.end_learning_rate,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip, AdamW, schedule; works on an NNX module as on any tree."""
+
+    def decayed(model: nnx.Module) -> nnx.Module:
+        return jax.tree.map(
+            lambda weight: weight.replace("norm" not in weight.axes),
+            model,
+            is_leaf=lambda node: isinstance(node, nnx.Param),
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
