@@ -11,6 +11,14 @@ from typing import Protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text of the base corpus."""
+
+    id: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
     """An instruction. `origin` says where it came from: "seed" or "self-instruct"."""
 
@@ -126,6 +134,15 @@ class ReferencePair:
     rejected: str
     chosen_logprob: float
     rejected_logprob: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OracleScores:
+    """The world's exact scores of all answers to one prompt, in their order; None where the prompt asks for nothing
+    that can be scored."""
+
+    id: str
+    scores: tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

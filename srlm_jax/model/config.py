@@ -65,7 +65,8 @@ def tiny() -> LlamaConfig:
     """The model of the embedded world: 0.8 million parameters, every mechanism of the large ones."""
     return LlamaConfig(
         V=320, D=128, L=4, N=4, K=2, H=32, F=384, rope_theta=10_000.0, norm_eps=1e-5, tied=True,
-        param_dtype="float32", compute_dtype="float32", remat=False,
+        param_dtype="float32", compute_dtype="float32",
+        remat=True,  # on a CPU writing the activations costs more time than computing them twice
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def attend(
     q_BNTH: Float[Array, "B N T H"],
     k_RKSH: Float[Array, "R K S H"],
     v_RKSH: Float[Array, "R K S H"],
-    mask_RCTS: Bool[Array, "R #C #T S"],
+    mask_RCTS: Bool[Array, "#R #C #T S"],
     dropout: Dropout | None,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
     """Softmax attention, and the log-sum-exp of its scores (float32), by which parts of one attention are merged.

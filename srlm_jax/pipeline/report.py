@@ -324,7 +324,7 @@ def _lengths(
 def _held_out_scores(oracle: dict[str, dict[str, list[float]]]) -> charts.Panel | None:
     rows = []
     for model, scores in oracle.items():
-        counts = collections.Counter(math.floor(score + 0.5) for line in scores.values() for score in line)
+        counts = collections.Counter(score for line in scores.values() for score in line if score is not None)
         if counts:
             rows.append((model, [(f"q{score}", f"score {score}", counts[score]) for score in range(6)]))
     legend = [(f"q{score}", str(score)) for score in range(6)]
@@ -338,9 +338,9 @@ def _agreement(group: samples.Judged) -> charts.Panel:
         if prompt.id in group.oracle:
             exact = group.oracle[prompt.id]
             answers = zip(exact, prompt.responses, strict=True)
-            points += [(truth, answer.score) for truth, answer in answers if answer.score is not None]
+            points += [(truth, answer.score) for truth, answer in answers if None not in (truth, answer.score)]
             roles = dict(zip(samples.roles(prompt, group.pairs.get(prompt.id)), exact, strict=True))
-            if "chosen" in roles:
+            if "chosen" in roles and None not in (roles["chosen"], roles["rejected"]):
                 margins.append(roles["chosen"] - roles["rejected"])
     varied = len(points) > 1 and all(np.ptp(axis) > 0 for axis in np.transpose(points))
     caption = f"Pearson r = {np.corrcoef(np.transpose(points))[0, 1]:.2f}. " if varied else ""

@@ -42,6 +42,12 @@ def write(path: epath.PathLike, records: Iterable[object]) -> None:
     _write_atomically(epath.Path(path), _lines(path, records))
 
 
+def write_documents(path: epath.PathLike, documents: Iterable[object]) -> None:
+    """Writes JSON documents that are not records (message trees, say), one line each, replacing `path` in one step."""
+    lines = (json.dumps(document, ensure_ascii=False, allow_nan=False).encode() + b"\n" for document in documents)
+    _write_atomically(epath.Path(path), lines)
+
+
 def read(path: epath.PathLike, cls: type[Record]) -> list[Record]:
     """The records of a file, or of a folder's shards in order of their number.
 

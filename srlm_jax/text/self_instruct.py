@@ -40,6 +40,15 @@ class Rejection(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What became of one completion: an instruction, or the text that was refused and why."""
+
+    id: str
+    text: str
+    rejection: Rejection | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Filters:
     """What an instruction must be like to be kept.
 

@@ -1,0 +1,78 @@
+"""What the main command does: settings, run, models, results, report."""
+
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+import srlm_jax
+from srlm_jax.data import world
+from srlm_jax.parallel import mesh
+from srlm_jax.pipeline.iteration import self_reward
+from srlm_jax.pipeline.ledger import EmptyStage, StaleStage
+from srlm_jax.pipeline.report import write_report
+from srlm_jax.pipeline.run import make_run
+from srlm_jax.pipeline.settings import BadConfig, read
+from srlm_jax.storage import jsonl
+from srlm_jax.storage.checkpoint import BadCheckpoint
+from srlm_jax.storage.jsonl import BadRecord
+from srlm_jax.text.chat import PLAIN
+from srlm_jax.text.tokenizer import WordTokenizer
+from srlm_jax.train.loop import Diverged
+
+# What a user can put right: told in one line, without a traceback.
+FAILURES = (BadConfig, StaleStage, EmptyStage, BadCheckpoint, BadRecord, Diverged, ValueError, OSError)
+
+_TITLES = {"m0": "M0", "sft": "SFT", "m1": "M1", "m2": "M2", "m3": "M3"}
+_COLUMNS = {
+    "oracle_score": ("oracle score", "{:.2f} ± {:.2f}"),
+    "perfect": ("perfect", "{:.1%} ± {:.1%}"),
+    "response_tokens": ("tokens", "{:.1f} ± {:.1f}"),
+    "pairwise_accuracy": ("pairwise", "{:.3f} ± {:.3f}"),
+    "five_best": ("5-best", "{:.1%} ± {:.1%}"),
+    "exact_match": ("exact match", "{:.1%} ± {:.1%}"),
+    "spearman": ("Spearman", "{:.3f} ± {:.3f}"),
+    "kendall_tau_b": ("Kendall tau-b", "{:.3f} ± {:.3f}"),
+}
+
+
+def run_command(config: Mapping, redo: str | None) -> None:
+    """Makes what `config` asks for and is not there yet, then writes results.json and report.html and prints a table.
+
+    Raises any of FAILURES; what was done until then stays, and the same command goes on from there.
+    """
+    settings = read(config)
+    mesh.start(settings.coordinator)
+    run = make_run(settings, srlm_jax.__version__, WordTokenizer(world.vocabulary()), PLAIN, world.RUBRIC)
+    if redo is not None:
+        print(f"removed: {', '.join(run.ledger.redo(redo))}")
+    names = self_reward(run)
+    results = collect_results(run.workdir, names)
+    jsonl.write_json(run.workdir / "results.json", results)
+    write_report(run.workdir, tuple(results))
+    print("\n" + results_table(results))
+    print(f"\n{run.workdir / 'results.json'}\n{run.workdir / 'report.html'}")
+
+
+def collect_results(workdir: epath.Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
+    """{"M1": {"oracle_score": {"value": ..., "stderr": ..., "n": ...}}}, from the evaluations of the models."""
+    return {_TITLES[name]: jsonl.read_json(workdir / name / "eval" / "metrics.json") for name in names}
+
+
+def results_table(results: Mapping[str, Mapping[str, Mapping]]) -> str:
+    """A model a line, a metric a column, each with its standard error; a dash where a model has none."""
+    columns = [name for name in _COLUMNS if any(name in metrics for metrics in results.values())]
+    rows = [["", *(_COLUMNS[name][0] for name in columns)]]
+    for model, metrics in results.items():
+        cells = [
+            _COLUMNS[name][1].format(metrics[name]["value"], metrics[name]["stderr"]) if name in metrics else "-"
+            for name in columns
+        ]
+        rows.append([model, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+

@@ -1,0 +1,153 @@
+"""Which stages of a run are done, by what configuration, code and inputs: what makes every stage safe to rerun.
+
+One JSON file a stage in WORKDIR/ledger. A stage is entered before its work, and completed after; a killed run finds
+what it left and goes on, a changed configuration is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from etils import epath
+
+from srlm_jax.storage import jsonl
+
+
+class StaleStage(ValueError):
+    """A stage in the workdir was made by another configuration, code version or input than the one asked for."""
+
+
+class EmptyStage(ValueError):
+    """A stage gave nothing that the next could use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a stage has to report: how many of what, by reason, and the hash of the model it made."""
+
+    counts: Mapping[str, int]
+    model: str | None
+
+
+@dataclasses.dataclass
+class Ledger:
+    """The stages of a run in the order in which they were entered.
+
+    workdir: the run's folder.
+    code: the version of this package.
+    """
+
+    workdir: epath.Path
+    code: str
+
+    def __post_init__(self) -> None:
+        self._identity: dict[str, str] = {}
+
+    def _path(self, stage: str) -> epath.Path:
+        return self.workdir / "ledger" / f"{stage.replace('/', '.')}.json"
+
+    def entry(self, stage: str) -> dict | None:
+        """What is known of a stage, None where it was never entered."""
+        path = self._path(stage)
+        return jsonl.read_json(path) if path.exists() else None
+
+    def run(
+        self,
+        stage: str,
+        work: Callable[[], Outcome],
+        *,
+        config: Mapping[str, object],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+    ) -> None:
+        """Does `work` unless the stage is done, and records it.
+
+        Args:
+          stage: its name, "m2/pairs".
+          work: does the stage, going on where a killed run left it.
+          config: every configuration field the stage depends on, by full name.
+          inputs: the stages it reads from.
+          outputs: files and folders it makes, relative to the workdir: what redoing it removes.
+
+        Raises:
+          StaleStage: what is there was begun under another configuration, code version or input.
+        """
+        identity = {
+            "stage": stage,
+            "config": json.loads(json.dumps(dict(config))),
+            "code": self.code,
+            "inputs": {name: self._identity[name] for name in inputs},
+            "outputs": list(outputs),
+        }
+        known = self.entry(stage)
+        if known is not None:
+            self._compare(known, identity)
+        # Only the first process of a job writes; on all of them the work is entered.
+        main = jax.process_index() == 0
+        if known is None or known["status"] != "done":
+            if main:
+                jsonl.write_json(self._path(stage), {"status": "started", **identity})
+            began = time.monotonic()
+            outcome = work()
+            seconds = round(time.monotonic() - began, 1)
+            known = {
+                "status": "done",
+                **identity,
+                "model": outcome.model,
+                "counts": dict(outcome.counts),
+                "seconds": seconds + (known or {}).get("seconds", 0),
+            }
+            if main:
+                jsonl.write_json(self._path(stage), known)
+        digest = hashlib.sha256(json.dumps([identity, known["model"]], sort_keys=True).encode())
+        self._identity[stage] = digest.hexdigest()[:16]
+
+    def _compare(self, known: dict, wanted: dict) -> None:
+        stage = wanted["stage"]
+        changes = [
+            f"{field} was {json.dumps(known['config'].get(field))}, is {json.dumps(wanted['config'].get(field))}"
+            for field in sorted(known["config"].keys() | wanted["config"].keys())
+            if known["config"].get(field) != wanted["config"].get(field)
+        ]
+        if known["code"] != wanted["code"]:
+            changes.append(f"the version of srlm_jax was {known['code']}, is {wanted['code']}")
+        changes += [
+            f"its input {name} was made anew"
+            for name, identity in wanted["inputs"].items()
+            if known["inputs"].get(name) != identity
+        ]
+        if changes:
+            raise StaleStage(
+                f"{self.workdir} holds stage {stage} made otherwise: {'; '.join(changes)}. Go back to the former "
+                f"value, choose another --config.workdir, or add --redo={stage} to remove this stage and all that "
+                "depends on it and make them again"
+            )
+
+    def redo(self, stage: str) -> list[str]:
+        """Removes a stage and every stage that depends on it, with their files; returns their names.
+
+        Raises:
+          ValueError: the workdir has no such stage; the message lists those it has.
+        """
+        entries = {}
+        for path in sorted((self.workdir / "ledger").glob("*.json")):
+            entry = jsonl.read_json(path)
+            entries[entry["stage"]] = entry
+        if stage not in entries:
+            raise ValueError(f"--redo={stage}: {self.workdir} has no such stage; it has {', '.join(entries) or 'none'}")
+        stale = {stage}
+        while grown := {name for name, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
+            stale |= grown
+        for name in sorted(stale):
+            # The entry goes first: without it what is left of the files counts as nothing.
+            for output in entries[name]["outputs"]:
+                path = self.workdir / output
+                if path.is_dir():
+                    path.rmtree()
+                elif path.exists():
+                    path.unlink()
+            self._path(name).unlink()
+        return sorted(stale)

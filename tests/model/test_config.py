@@ -1,0 +1,49 @@
+"""The published sizes, and configurations that cannot be."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from srlm_jax.model import llama
+from srlm_jax.model.config import PRESETS, tiny
+
+# Llama 2 7B, 13B and 70B as published; the tiny one is counted by hand:
+# 320 * 128 embedding + 4 * (128 * 32 * (2 * 4 + 2 * 2) attention + 3 * 128 * 384 MLP + 2 * 128 norms) + 128.
+PARAMETERS = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "tiny": 828_544,
+}
+
+
+def test_every_preset_has_a_known_size():
+    assert PRESETS.keys() == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_preset_has_as_many_parameters_as_published(name):
+    config = PRESETS[name]()
+    assert config.parameters == PARAMETERS[name]
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(llama.abstract(config))) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_preset_keeps_its_weights_in_the_parameter_dtype(name):
+    config = PRESETS[name]()
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(llama.abstract(config))} == {config.param_dtype}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"L": 0}, "model.L must be at least 1, not 0"),
+        ({"N": 4, "K": 3}, r"model.N \(4 query heads\) must be a multiple of model.K \(3 key-value heads\)"),
+        ({"H": 7}, "model.H must be even, not 7"),
+    ],
+)
+def test_an_impossible_model_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny(), **change)

@@ -1,0 +1,237 @@
+"""Properties of the whole model: what it reads, and that no way of running it changes what it says."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srlm_jax.data.batches import PairBatch, Row, token_batch
+from srlm_jax.model import llama, ops
+from srlm_jax.model.cache import Cache, Level, empty
+from srlm_jax.train import objectives
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def tokens(*shape):
+    return jax.random.randint(jax.random.key(7), shape, 0, 40)
+
+
+@jax.jit
+def forward(model, tokens_BT, *, positions_BT=None, segments_BT=None, dropout=None):
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    hidden, cache = model(tokens_BT, positions_BT, segments_BT=segments_BT, cache=None, dropout=dropout)
+    assert cache is None
+    return hidden
+
+
+@jax.jit
+def step(model, tokens_BT, positions_BT, parents, leaf, slot, mask_BTS):
+    """One cached pass: hidden states, and the leaf's keys and values."""
+    cache = Cache(parents=parents, k_LBKSH=leaf[0], v_LBKSH=leaf[1], slot=slot, mask_BTS=mask_BTS)
+    hidden, cache = model(tokens_BT, positions_BT, segments_BT=None, cache=cache, dropout=None)
+    return hidden, (cache.k_LBKSH, cache.v_LBKSH)
+
+
+def prefill(model, tokens_RT, lengths, start, parents):
+    """A finished level of rows of different lengths, filled up with tokens that nobody may read."""
+    R, T = tokens_RT.shape
+    valid = jnp.arange(T)[None] < jnp.array(lengths)[:, None]
+    positions = jnp.array(start)[:, None] + jnp.arange(T)[None]
+    leaf = (empty(model.config, R, T),) * 2
+    mask = valid[:, None] & jnp.tril(jnp.ones((T, T), bool))[None]
+    hidden, (k, v) = step(model, tokens_RT, positions, parents, leaf, 0, mask)
+    return hidden, Level(k, v, valid)
+
+
+def test_a_token_is_predicted_from_the_tokens_up_to_it_and_from_all_of_them(tiny_llama):
+    # All tokens differ, so the gradient with respect to a row of the embedding is that of one position.
+    T = 6
+    reads = jax.jacrev(lambda model: forward(model, jnp.arange(T)[None])[0].sum(axis=-1))(tiny_llama)
+    strength_TT = jnp.abs(reads.embedding[...][:, :T]).sum(axis=-1)
+    np.testing.assert_array_equal(strength_TT > 0, np.tril(np.ones((T, T), bool)))
+
+
+def test_padding_on_the_right_changes_nothing(tiny_llama):
+    row = tokens(1, 5)
+    padded = jnp.pad(row, ((0, 0), (0, 4)))
+    np.testing.assert_allclose(forward(tiny_llama, padded)[:, :5], forward(tiny_llama, row), **CLOSE)
+
+
+def test_the_order_of_tokens_matters(tiny_llama):
+    row = tokens(1, 5)
+    assert not np.allclose(forward(tiny_llama, row)[0, -1], forward(tiny_llama, row[:, [1, 0, 2, 3, 4]])[0, -1], atol=1e-2)
+
+
+def test_grouped_queries_are_full_heads_with_repeated_keys_and_values(make_llama):
+    grouped, full = make_llama(K=2), jax.tree.map(lambda x: x, make_llama(K=4))
+    for name in ("attention_norm", "q", "o", "mlp_norm", "gate", "up", "down"):
+        setattr(full.blocks, name, getattr(grouped.blocks, name))
+    for name in ("k", "v"):
+        weight = getattr(full.blocks, name)
+        setattr(full.blocks, name, weight.replace(jnp.repeat(getattr(grouped.blocks, name)[...], 2, axis=2)))
+    full.embedding, full.norm = grouped.embedding, grouped.norm
+    np.testing.assert_allclose(forward(full, tokens(2, 6)), forward(grouped, tokens(2, 6)), **CLOSE)
+
+
+def test_packed_documents_do_not_see_each_other(tiny_llama):
+    a, b, c = tokens(3, 5)[0, :3], tokens(3, 5)[1], tokens(3, 5)[2, :2]
+    packed = jnp.concatenate([a, b, c])[None]
+    positions = jnp.concatenate([jnp.arange(3), jnp.arange(5), jnp.arange(2)])[None]
+    segments = jnp.array([[1] * 3 + [2] * 5 + [3] * 2])
+    found = forward(tiny_llama, packed, positions_BT=positions, segments_BT=segments)[0]
+    wanted = jnp.concatenate([forward(tiny_llama, row[None])[0] for row in (a, b, c)])
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+def test_causal_mask_by_hand():
+    mask = llama.causal_mask(4, jnp.array([[1, 1, 2, 2]]))
+    assert mask.astype(int).tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
+
+
+def test_one_level_prefill_and_decode_is_the_forward_pass(tiny_llama):
+    row = tokens(2, 9)
+    wanted = forward(tiny_llama, row)
+    leaf = (empty(tiny_llama.config, 2, 12),) * 2
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    causal = jnp.tril(jnp.ones((5, 12), bool))[None].repeat(2, axis=0)
+    hidden, leaf = step(tiny_llama, row[:, :5], positions, (), leaf, 0, causal)
+    np.testing.assert_allclose(hidden, wanted[:, :5], **CLOSE)
+    for t in range(5, 9):
+        mask = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
+        hidden, leaf = step(tiny_llama, row[:, t : t + 1], jnp.full((2, 1), t), (), leaf, t, mask)
+        np.testing.assert_allclose(hidden[:, 0], wanted[:, t], **CLOSE)
+
+
+def test_a_tree_of_levels_with_ragged_rows_and_a_ring_is_the_forward_pass(tiny_llama):
+    """One prefix, two groups (of 3 and 1 tokens), two prompts in each (of 2, 0, 3 and 1), two samples of each.
+
+    The samples are decoded in a ring of 4 slots that starts at slot 2, so that the third token wraps around.
+    """
+    ids = np.asarray(tokens(64)).tolist()
+    take = lambda n: [ids.pop() for _ in range(n)]
+    prefix, groups, prompts, samples = take(3), [take(3), take(1)], [take(n) for n in (2, 0, 3, 1)], []
+    samples = [take(4) for _ in range(8)]
+
+    def padded(rows, width):
+        return jnp.array([row + [39] * (width - len(row)) for row in rows])
+
+    lengths = lambda rows: [len(row) for row in rows]
+    starts = [len(prefix) + n for n in lengths(groups)]
+    _, root = prefill(tiny_llama, jnp.array([prefix]), [3], [0], ())
+    _, middle = prefill(tiny_llama, padded(groups, 4), lengths(groups), [3, 3], (root,))
+    start_R = np.repeat(starts, 2)
+    _, bottom = prefill(tiny_llama, padded(prompts, 3), lengths(prompts), start_R, (root, middle))
+    parents = (root, middle, bottom)
+    position_B = jnp.array(np.repeat(start_R + lengths(prompts), 2))
+
+    leaf = (empty(tiny_llama.config, 8, 4),) * 2
+    found = []
+    for t in range(4):
+        slot = (2 + t) % 4
+        age = (slot - jnp.arange(4)) % 4
+        mask = jnp.broadcast_to(age <= t, (8, 1, 4))
+        last = jnp.array([row[t] for row in samples])[:, None]
+        hidden, leaf = step(tiny_llama, last, (position_B + t)[:, None], parents, leaf, slot, mask)
+        found.append(hidden[:, 0])
+
+    for b, sample in enumerate(samples):
+        document = prefix + groups[b // 4] + prompts[b // 2] + sample
+        wanted = forward(tiny_llama, jnp.array([document]))[0, -4:]
+        np.testing.assert_allclose(jnp.stack(found, axis=1)[b], wanted, **CLOSE)
+
+
+def test_a_tied_model_has_no_head_of_its_own(make_llama):
+    tied, untied = make_llama(tied=True), make_llama(tied=False)
+    assert not hasattr(tied, "output")
+    np.testing.assert_array_equal(tied.head(), tied.embedding[...].T)
+    np.testing.assert_array_equal(untied.head(), untied.output[...])
+
+
+def test_both_uses_of_a_tied_embedding_get_a_gradient(make_llama):
+    model = make_llama(tied=True)
+    gradient = jax.grad(lambda model: (forward(model, jnp.array([[3, 4]])) @ model.head())[0, -1, 5])(model)
+    reached = jnp.abs(gradient.embedding[...]).sum(axis=-1) > 0
+    assert reached[jnp.array([3, 4, 5])].all()
+    assert reached.sum() == 3
+
+
+@pytest.mark.parametrize("dropout", [None, ops.Dropout(0.3, jax.random.key(5))], ids=["plain", "dropout"])
+def test_recomputing_activations_changes_neither_values_nor_gradients(make_llama, dropout):
+    def run(remat):
+        total = lambda model: jnp.square(forward(model, tokens(2, 6), dropout=dropout)).sum()
+        return jax.jit(jax.value_and_grad(total))(make_llama(remat=remat))
+
+    for one, other in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_acts_only_with_a_key_and_differs_from_key_to_key(tiny_llama):
+    row = tokens(1, 6)
+    runs = [forward(tiny_llama, row, dropout=ops.Dropout(0.3, jax.random.key(seed))) for seed in (0, 0, 1)]
+    plain = [forward(tiny_llama, row), forward(tiny_llama, row)]
+    np.testing.assert_array_equal(*plain)
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert not np.allclose(runs[0], runs[2], atol=1e-2)
+    assert not np.allclose(runs[0], plain[0], atol=1e-2)
+
+
+def test_dropout_drops_other_numbers_in_every_layer(make_llama):
+    # Blocks that add nothing: the gradient of what they would add is zero exactly where a layer's mask is.
+    model = jax.tree.map(lambda x: x, make_llama(L=3))
+    for name in ("o", "down"):
+        weight = getattr(model.blocks, name)
+        setattr(model.blocks, name, weight.replace(jnp.zeros(weight.shape)))
+    dropout = ops.Dropout(0.5, jax.random.key(0))
+    gradient = jax.grad(lambda model: forward(model, tokens(1, 1), dropout=dropout).sum())(model)
+    dropped_LD = np.asarray((gradient.blocks.down[...] == 0).all(axis=1))
+    assert 0 < dropped_LD.mean() < 1
+    assert len({tuple(mask) for mask in dropped_LD.tolist()}) == 3  # two of them agree by chance once in 20,000 keys
+
+
+def test_bfloat16_runs_in_bfloat16_and_stays_near_float32(make_llama):
+    half, full = forward(make_llama(compute_dtype="bfloat16"), tokens(2, 6)), forward(make_llama(), tokens(2, 6))
+    assert half.dtype == jnp.bfloat16
+    error = jnp.abs(half.astype(jnp.float32) - full)
+    assert error.max() < 0.15
+    assert error.mean() < 0.02
+
+
+def test_the_blocks_are_one_scan_however_many_layers(make_llama):
+    def size(layers):
+        return len(str(jax.make_jaxpr(lambda model: forward(model, tokens(1, 4)))(make_llama(L=layers))).splitlines())
+
+    assert size(2) == size(5)
+
+
+# What the gradient keeps in memory: B * T * V logits would be by far the largest array of all.
+
+B, T, V, CHUNK = 4, 32, 400, 8
+
+
+def largest_array(objective, model, batch):
+    """Elements of the largest array in the compiled gradient."""
+    gradient = jax.jit(jax.grad(lambda model: objective(model, batch, jax.random.key(0)).loss))
+    shapes = re.findall(r"\b(?:f32|bf16|f16|s32|u32|pred)\[([0-9,]+)\]", gradient.lower(model).compile().as_text())
+    return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
+
+
+def rows(n):
+    batch = token_batch([Row(tuple(range(i, i + T + 1)), 3) for i in range(n)], T)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+SFT = (objectives.SftObjective, {}, lambda: rows(B))
+DPO = (objectives.DpoObjective, {"beta": 0.1}, lambda: PairBatch(rows(B // 2), rows(B // 2), jnp.zeros(2), jnp.zeros(2)))
+
+
+@pytest.mark.parametrize(("kind", "options", "batch"), [SFT, DPO], ids=["sft", "dpo"])
+def test_no_gradient_ever_holds_all_logits(make_llama, kind, options, batch):
+    model = make_llama(V=V, remat=True)
+    chunked = kind(dropout=0.1, logprob_chunk=CHUNK, **options)
+    whole = kind(dropout=0.1, logprob_chunk=T, **options)
+    assert largest_array(chunked, model, batch()) < B * T * V
+    assert largest_array(whole, model, batch()) >= B * T * V
