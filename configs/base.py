@@ -80,11 +80,11 @@ def tiny() -> ConfigDict:
     c.pretraining.sequence_length = 208
     c.pretraining.dropout = 0.0
     c.pretraining.train = training(
-        steps=450,
-        batch_size=24,
-        log_every=10,
+        steps=1_000,
+        batch_size=12,
+        log_every=20,
         checkpoint_every=100,
-        optimizer=optimizer(learning_rate=3e-3, end_learning_rate=1.5e-4, warmup_steps=50, weight_decay=0.1),
+        optimizer=optimizer(learning_rate=4e-3, end_learning_rate=2e-4, warmup_steps=50, weight_decay=0.1),
     )
 
     c.sft = ConfigDict()

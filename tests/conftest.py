@@ -4,22 +4,23 @@ import dataclasses
 import importlib.util
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# These tests compile much and run little, so the compiler's own optimisations cost more than they bring.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Before anything imports them: every annotated shape in these packages is checked. The losses are left out, which
-# carry no such annotations and must not need jaxtyping.
-install_import_hook(["srlm_jax.model", "srlm_jax.sampling"], "beartype.beartype")
-
-from srlm_jax.model import llama
-from srlm_jax.model.config import LlamaConfig
+# Before anything imports them: every annotated shape in these modules is checked. The trees of arrays in other modules
+# are also made of shapes and shardings at times, which their annotations do not say; the losses carry none, so that
+# they need no jaxtyping.
+CHECKED = ["srlm_jax.model.ops", "srlm_jax.model.llama", "srlm_jax.sampling.filters"]
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 def pytest_runtest_setup(item):
@@ -34,7 +35,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """Every mechanism of the large models, in 5 thousand parameters."""
+    """Every mechanism of the large models, in 7 thousand parameters."""
+    from srlm_jax.model.config import LlamaConfig
+
     return LlamaConfig(
         V=40, D=16, L=2, N=4, K=2, H=8, F=24, rope_theta=100.0, norm_eps=1e-5, tied=False,
         param_dtype="float32", compute_dtype="float32", remat=False,
@@ -45,19 +48,23 @@ def tiny_config():
 def make_llama(tiny_config):
     """`make_llama(L=1, tied=True)`: the tiny Llama with some numbers changed.
 
-    All its weights, norm scales too, are moved far enough from their start that its predictions differ from token to
-    token. Do not donate it: copy it first.
+    Its weights, norm scales too, are random and far enough from their usual start that its predictions differ from
+    token to token. Do not donate it: copy it first.
     """
+    from srlm_jax.model import llama
+
     made = {}
 
     def make(**changes):
         config = dataclasses.replace(tiny_config, **changes)
         if config not in made:
-            model = llama.init(config, jax.random.key(0))
-            leaves, tree = jax.tree.flatten(model)
             rng = np.random.default_rng(0)
-            leaves = [x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
-            made[config] = jax.tree.unflatten(tree, leaves)
+
+            def draw(path, weight):
+                start = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+                return jnp.asarray(start + 0.3 * rng.standard_normal(weight.shape), weight.dtype)
+
+            made[config] = jax.tree_util.tree_map_with_path(draw, llama.abstract(config))
         return made[config]
 
     return make
@@ -67,6 +74,51 @@ def make_llama(tiny_config):
 def tiny_llama(make_llama):
     """The tiny Llama, untied, with grouped queries."""
     return make_llama()
+
+
+@pytest.fixture(scope="session")
+def transformers_block():
+    """The weights of a block: transformers' name -> ours, and how ours [in..., out...] becomes a matrix [out, in]."""
+    return {
+        "input_layernorm.weight": ("attention_norm", lambda w: w),
+        "self_attn.q_proj.weight": ("q", lambda w: w.reshape(w.shape[0], -1).T),
+        "self_attn.k_proj.weight": ("k", lambda w: w.reshape(w.shape[0], -1).T),
+        "self_attn.v_proj.weight": ("v", lambda w: w.reshape(w.shape[0], -1).T),
+        "self_attn.o_proj.weight": ("o", lambda w: w.reshape(-1, w.shape[-1]).T),
+        "post_attention_layernorm.weight": ("mlp_norm", lambda w: w),
+        "mlp.gate_proj.weight": ("gate", lambda w: w.T),
+        "mlp.up_proj.weight": ("up", lambda w: w.T),
+        "mlp.down_proj.weight": ("down", lambda w: w.T),
+    }
+
+
+@pytest.fixture(scope="session")
+def as_transformers(transformers_block):
+    """`as_transformers(model)`: transformers' Llama with the same weights. For tests marked `parity`."""
+    import torch
+    import transformers
+
+    def convert(ours):
+        c = ours.config
+        config = transformers.LlamaConfig(
+            vocab_size=c.V, hidden_size=c.D, num_hidden_layers=c.L, num_attention_heads=c.N, num_key_value_heads=c.K,
+            head_dim=c.H, intermediate_size=c.F, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attn_implementation="eager",
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        theirs = transformers.LlamaForCausalLM(config).eval()
+        weights = {
+            "model.embed_tokens.weight": ours.embedding[...],
+            "model.norm.weight": ours.norm[...],
+            "lm_head.weight": ours.head().T,
+        }
+        for layer in range(c.L):
+            for name, (mine, turn) in transformers_block.items():
+                weights[f"model.layers.{layer}.{name}"] = turn(getattr(ours.blocks, mine)[layer])
+        theirs.load_state_dict({name: torch.tensor(np.asarray(w)) for name, w in weights.items()}, strict=True)
+        return theirs
+
+    return convert
 
 
 @pytest.fixture(scope="session")

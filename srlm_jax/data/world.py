@@ -58,8 +58,7 @@ class Task:
 
 RUBRIC = Rubric(
     template=(
-        "review this answer and add its points .\nquestion: <INSTRUCTION_HERE>\nanswer: <RESPONSE_HERE>\n"
-        "points: relevant topic count distinct order"
+        "review this answer and add its points .\nquestion: <INSTRUCTION_HERE>\nanswer: <RESPONSE_HERE>\npoints:"
     ),
     stop=tuple(f"Score: {points}" for points in range(6)),
 )
@@ -69,8 +68,8 @@ def vocabulary() -> tuple[str, ...]:
     """Every word of the world, in a fixed order."""
     texts = [*OPENERS, *VERBS, *SIZES, *ORDERS, *NO_ORDERS, *CLOSERS, *NUMBERS, *CATEGORIES, *CATEGORY_OF]
     texts += [re.sub("<.*?>", "", RUBRIC.template), "user: assistant: someone \n . , :"]
-    texts += ["on off again up down total of yes no Score: 0 1 2 3 4 5", "Come up with a series of tasks:"]
-    texts += [" ".join(f"{i}." for i in range(1, 13)), "is are one first last then comes before after some and word"]
+    texts += ["on off up down total of relevant topic count distinct order yes no Score: 0 1 2 3 4 5", "Come up with a series of tasks:"]
+    texts += [" ".join(f"{i}." for i in range(1, 13)), "are comes before after some again"]
     return tuple(dict.fromkeys(word for text in texts for word in text.replace("\n", " \n ").split(" ") if word))
 
 

@@ -33,7 +33,10 @@ class Blocks(nnx.Module):
     """All L transformer blocks, stacked on the leading axis."""
 
     def __init__(self, c: LlamaConfig, *, rngs: nnx.Rngs):
-        narrow, wide = 0.02, 0.02 / (2 * c.L) ** 0.5  # the second for what is added to the residual stream (GPT-2)
+        # Products of unit variance at any width, so that attention is sharp enough to learn from the first step on;
+        # what is added to the residual stream is smaller by the number of additions (GPT-2).
+        narrow = c.D**-0.5
+        wide = narrow / (2 * c.L) ** 0.5
         t = c.param_dtype
         self.attention_norm = norm_scale((c.L, c.D), ("layers", "norm"), t)
         self.q = weight(rngs, (c.L, c.D, c.N, c.H), ("layers", "embed", "heads", "head"), narrow, t)
@@ -55,11 +58,11 @@ class Llama(nnx.Module):
 
     def __init__(self, c: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = nnx.static(c)
-        self.embedding = weight(rngs, (c.V, c.D), ("vocab", "embed"), 0.02, c.param_dtype)
+        self.embedding = weight(rngs, (c.V, c.D), ("vocab", "embed"), c.D**-0.5, c.param_dtype)
         self.blocks = Blocks(c, rngs=rngs)
         self.norm = norm_scale((c.D,), ("norm",), c.param_dtype)
         if not c.tied:
-            self.output = weight(rngs, (c.D, c.V), ("embed", "vocab"), 0.02, c.param_dtype)
+            self.output = weight(rngs, (c.D, c.V), ("embed", "vocab"), c.D**-0.5, c.param_dtype)
 
     def head(self) -> Float[Array, "D V"]:
         """The output projection, in the compute dtype: logits = hidden @ head."""
@@ -120,7 +123,7 @@ class Llama(nnx.Module):
                 for level, (k, v) in zip(parents, parent_kvs, strict=True)
             ]
             a_BNTH = ops.merge_attention(*map(list, zip(*parts, strict=True)))
-            a_BTD = a_BNTH.swapaxes(1, 2).reshape(B, T, -1) @ cast.o[...].reshape(-1, c.D)
+            a_BTD = ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D))
             x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(1)(a_BTD))
             h_BTD = ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps)
             m_BTD = ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...])
@@ -140,7 +143,7 @@ class Llama(nnx.Module):
 def project(x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"]) -> Float[Array, "B N T H"]:
     """Queries, keys or values, head-major: the layout in which attention is two plain batched matrix products."""
     (B, T, _), (D, N, H) = x_BTD.shape, w_DNH.shape
-    return (x_BTD @ w_DNH.reshape(D, N * H)).reshape(B, T, N, H).swapaxes(1, 2)
+    return ops.linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(B, T, N, H).swapaxes(1, 2)
 
 
 def causal_mask(length: int, segments_BT: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:

@@ -83,6 +83,9 @@ class Ledger:
             "outputs": list(outputs),
         }
         known = self.entry(stage)
+        if known is not None and known["status"] == "removed":
+            self._remove(known)  # a redo that was killed
+            known = None
         if known is not None:
             self._compare(known, identity)
         # Only the first process of a job writes; on all of them the work is entered.
@@ -141,13 +144,19 @@ class Ledger:
         stale = {stage}
         while grown := {name for name, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
             stale |= grown
-        for name in sorted(stale):
-            # The entry goes first: without it what is left of the files counts as nothing.
-            for output in entries[name]["outputs"]:
-                path = self.workdir / output
-                if path.is_dir():
-                    path.rmtree()
-                elif path.exists():
-                    path.unlink()
-            self._path(name).unlink()
+        # Marked first: killed from here on, no stage is taken for done, or for started, with half of its files. The
+        # stage itself goes last, so that the same command can be given again.
+        for name in stale:
+            jsonl.write_json(self._path(name), {**entries[name], "status": "removed"})
+        for name in sorted(stale, key=lambda name: (name == stage, name)):
+            self._remove(entries[name])
         return sorted(stale)
+
+    def _remove(self, entry: dict) -> None:
+        for output in entry["outputs"]:
+            path = self.workdir / output
+            if path.is_dir():
+                path.rmtree()
+            elif path.exists():
+                path.unlink()
+        self._path(entry["stage"]).unlink()

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from etils import epath
 
+from srlm_jax.data.eft import EftDrop
 from srlm_jax.pipeline import charts, samples
 from srlm_jax.records import JudgedPrompt, NoVote, PairDrop, PreferencePair, Responses
 from srlm_jax.storage import jsonl
@@ -30,7 +31,7 @@ _METRICS = (
     ("five_best", "5-best", "%", "answers judged 5 of 5 that are ranked first"),
     ("exact_match", "Exact match", "%", "prompts whose whole order the judge gets right"),
     ("spearman", "Spearman", "", "rank correlation of judge and ranking"),
-    ("kendall", "Kendall τ", "", "rank correlation of judge and ranking, by pairs"),
+    ("kendall_tau_b", "Kendall τ", "", "rank correlation of judge and ranking, by pairs"),
     ("response_tokens", "Tokens", "", "mean length of answers to held-out prompts"),
 )
 # (is it DPO, keys drawn together, title, y label)
@@ -88,7 +89,7 @@ def write_report(workdir: epath.Path, models: Sequence[str]) -> None:
             _outcomes(
                 "Preference pairs", "prompts of the round", _counts(counts, models, "pairs", ("kept", *PairDrop))
             ),
-            _outcomes("EFT examples", "judged answers", [("EFT", counts.get("eft/examples", {}))]),
+            _outcomes("EFT draws", "draws", [("EFT", _draws(counts.get("eft/examples", {})))]),
             _outcomes("New prompts", "generated prompts", _counts(counts, models, "prompts", ())),
             _outcomes("Judgements", "votes", [(it.label, _votes(it)) for it in [seed, *rounds]]),
             _outcomes("Judgements of the EFT split", "votes", [(it.label, _votes(it)) for it in judging]),
@@ -111,6 +112,12 @@ def write_report(workdir: epath.Path, models: Sequence[str]) -> None:
 def _lines(path: epath.Path) -> list[dict]:
     """The JSON objects of a file, without a last line that is still being written. No file is no objects."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+def _draws(counts: dict[str, int]) -> dict[str, int]:
+    """What became of the baseline's draws of judgements; the stage counts its prompts and examples too."""
+    outcomes = (EftDrop.TOO_FEW_SCORED, EftDrop.AGAINST_HUMANS, EftDrop.TOO_MANY_TIES, EftDrop.EXTRA_DRAW)
+    return {name: counts[name] for name in ("accepted_draws", *map(str, outcomes)) if name in counts}
 
 
 def _oracle(path: epath.Path) -> dict[str, list[float]]:

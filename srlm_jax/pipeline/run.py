@@ -17,7 +17,7 @@ from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel import rules
 from srlm_jax.pipeline.generate import ModelGenerate, stage_key
 from srlm_jax.pipeline.ledger import Ledger
-from srlm_jax.pipeline.settings import Settings, flatten
+from srlm_jax.pipeline.settings import BadConfig, Settings, flatten
 from srlm_jax.sampling.engine import Work
 from srlm_jax.storage import checkpoint, jsonl
 from srlm_jax.text.chat import ChatFormat
@@ -123,8 +123,13 @@ def make_run(settings: Settings, code: str, tokenizer: Tokenizer, chat: ChatForm
 
     Raises:
       PermissionError, with the field to change: the workdir cannot be written.
+      BadConfig: the model has fewer token ids than the tokenizer.
       ValueError: the mesh does not fit the devices.
     """
+    if tokenizer.vocabulary > settings.model.V:
+        raise BadConfig(
+            f"config.model.V is {settings.model.V}, and the tokenizer has {tokenizer.vocabulary} ids: raise it"
+        )
     workdir = epath.Path(settings.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

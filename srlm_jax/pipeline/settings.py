@@ -138,6 +138,15 @@ def _value(kind: type, value: object, path: str) -> object:
     return value
 
 
+def field_names(cls: type, path: str) -> list[str]:
+    """["config.dpo.beta", ...]: the full name of every field of a settings class that holds a value."""
+    names: list[str] = []
+    for name, kind in typing.get_type_hints(cls).items():
+        full = f"{path}.{name}"
+        names += field_names(kind, full) if dataclasses.is_dataclass(kind) else [full]
+    return names
+
+
 def flatten(settings: object, path: str) -> dict[str, object]:
     """{"config.dpo.beta": 0.1, ...}: every field of a settings dataclass by its full name, values as JSON has them."""
     flat: dict[str, object] = {}

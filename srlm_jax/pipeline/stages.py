@@ -48,7 +48,6 @@ from srlm_jax.text.self_instruct import Candidate, NoveltyPool, Rejection
 from srlm_jax.train.loop import train
 from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective, response_logprobs
 
-
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -58,8 +57,7 @@ def make_world(run: Run) -> None:
     def work() -> Outcome:
         rules_, seed, folder = run.settings.world, run.settings.seed, run.workdir / "world"
         corpus = [
-            Document(id=f"document-{i:06}", text=text)
-            for i, text in enumerate(world_corpus.draw_corpus(rules_, seed))
+            Document(id=f"document-{i:06}", text=text) for i, text in enumerate(world_corpus.draw_corpus(rules_, seed))
         ]
         grown = list(world_corpus.draw_trees(rules_, seed))
         seen = {tree["prompt"]["text"] for tree in grown}
@@ -148,14 +146,14 @@ def _train_stage(
         identity = checkpoint.save_model(
             folder / "checkpoint", model, {"config": checkpoint.config_facts(run.settings.model)}
         )
-        # The optimizer's moments are twice the model's size, and done with.
-        if jax.process_index() == 0:
-            shutil.rmtree(folder / "train_state", ignore_errors=True)
         return Outcome(counts, identity)
 
     outputs = [f"{name}/{output}" for output in ("checkpoint", "train_state", "metrics.jsonl", "tensorboard")]
     config = run.config(part, "model", "logprob_chunk", "length_multiple", "context_length")
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
+    # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
+    if jax.process_index() == 0:
+        shutil.rmtree(folder / "train_state", ignore_errors=True)
 
 
 def pretrain(run: Run) -> None:
@@ -600,9 +598,7 @@ def score_round_by_oracle(run: Run, name: str) -> None:
         unscored = sum(score is None for row in scores for score in row.scores)
         return Outcome({"scores": sum(len(row.scores) for row in scores) - unscored, "unscored": unscored}, None)
 
-    run.ledger.run(
-        stage, work, config=run.config(), inputs=(f"{name}/responses",), outputs=(f"{name}/oracle.jsonl",)
-    )
+    run.ledger.run(stage, work, config=run.config(), inputs=(f"{name}/responses",), outputs=(f"{name}/oracle.jsonl",))
 
 
 def _oracle_scores(answers: Sequence[Responses]) -> list[OracleScores]:

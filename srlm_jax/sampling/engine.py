@@ -202,8 +202,9 @@ def _collect(rows: list[list[int]], prompts: int, samples: int, draw: Draw) -> S
 
 def _pad_stops(stops: Sequence[Ids]) -> np.ndarray:
     """Stop sequences side by side, the short ones filled on the left with what matches any token."""
-    width = max(len(stop) for stop in stops)
-    return np.asarray([(dec.NO_TOKEN,) * (width - len(stop)) + stop for stop in stops], np.int32)
+    width = max((len(stop) for stop in stops), default=1)
+    padded = [(dec.NO_TOKEN,) * (width - len(stop)) + stop for stop in stops]
+    return np.asarray(padded, np.int32).reshape(len(stops), width)
 
 
 def _admission(

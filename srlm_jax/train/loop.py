@@ -1,5 +1,6 @@
 """Training, top to bottom: the same loop for pretraining, supervised fine-tuning and DPO."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -71,7 +72,7 @@ def train(
     batch_sharding = rules.sharding(mesh, rules.TRAIN, ("batch",))
     folder.mkdir(parents=True, exist_ok=True)
 
-    with TrainCheckpoints(folder / "train_state") as checkpoints:
+    with TrainCheckpoints(folder / "train_state") as checkpoints, contextlib.ExitStack() as opened:
         # Start where the last run stopped, if one did.
         done = 0
         restored = checkpoints.restore(TrainState(_shapes(model), _shapes(opt_state)), iterator)
@@ -79,11 +80,13 @@ def train(
             done, state = restored
             model, opt_state = state.model, state.opt_state
             del state
-        metrics_log = MetricsLog(folder, done)
+        metrics_log = opened.enter_context(contextlib.closing(MetricsLog(folder, done)))
 
         window: list[dict[str, jax.Array]] = []  # metrics of the steps since the last log, still on the device
         tokens, since = 0, time.perf_counter()
-        bar = tqdm(total=config.steps, initial=done, desc=title, unit="step", dynamic_ncols=True, file=sys.stderr)
+        bar = opened.enter_context(
+            tqdm(total=config.steps, initial=done, desc=title, unit="step", dynamic_ncols=True, file=sys.stderr)
+        )
         for step in range(done, config.steps):
             batch = next(iterator)
             tokens += _tokens(batch)
@@ -103,8 +106,6 @@ def train(
                 window, tokens, since = [], 0, time.perf_counter()
             if save:
                 checkpoints.save(step + 1, TrainState(model, opt_state), iterator)
-        bar.close()
-        metrics_log.close()
     return model
 
 

@@ -44,7 +44,7 @@ def make_train_step(objective: Objective, optimizer: OptimizerConfig, steps: int
         count = jnp.maximum(total.count, 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, opt_state, model)
-        metrics = {"loss": total.loss / count, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": total.loss / count, "gradient_norm": optax.tree.norm(grads)}
         metrics |= {name: value / count for name, value in total.metrics.items()}
         return optax.apply_updates(model, updates), opt_state, metrics
 

@@ -1,5 +1,6 @@
 """Properties of the whole model: what it reads, and that no way of running it changes what it says."""
 
+import dataclasses
 import re
 
 import jax
@@ -63,7 +64,8 @@ def test_padding_on_the_right_changes_nothing(tiny_llama):
 
 def test_the_order_of_tokens_matters(tiny_llama):
     row = tokens(1, 5)
-    assert not np.allclose(forward(tiny_llama, row)[0, -1], forward(tiny_llama, row[:, [1, 0, 2, 3, 4]])[0, -1], atol=1e-2)
+    turned = row[:, jnp.array([1, 0, 2, 3, 4])]
+    assert not np.allclose(forward(tiny_llama, row)[0, -1], forward(tiny_llama, turned)[0, -1], atol=1e-2)
 
 
 def test_grouped_queries_are_full_heads_with_repeated_keys_and_values(make_llama):
@@ -200,9 +202,10 @@ def test_bfloat16_runs_in_bfloat16_and_stays_near_float32(make_llama):
     assert error.mean() < 0.02
 
 
-def test_the_blocks_are_one_scan_however_many_layers(make_llama):
+def test_the_blocks_are_one_scan_however_many_layers(tiny_config):
     def size(layers):
-        return len(str(jax.make_jaxpr(lambda model: forward(model, tokens(1, 4)))(make_llama(L=layers))).splitlines())
+        model = llama.abstract(dataclasses.replace(tiny_config, L=layers))
+        return len(str(jax.make_jaxpr(lambda model: forward(model, tokens(1, 4)))(model)).splitlines())
 
     assert size(2) == size(5)
 
@@ -225,7 +228,7 @@ def rows(n):
 
 
 SFT = (objectives.SftObjective, {}, lambda: rows(B))
-DPO = (objectives.DpoObjective, {"beta": 0.1}, lambda: PairBatch(rows(B // 2), rows(B // 2), jnp.zeros(2), jnp.zeros(2)))
+DPO = (objectives.DpoObjective, {"beta": 0.1}, lambda: PairBatch(rows(2), rows(2), jnp.zeros(2), jnp.zeros(2)))
 
 
 @pytest.mark.parametrize(("kind", "options", "batch"), [SFT, DPO], ids=["sft", "dpo"])

@@ -109,7 +109,8 @@ def test_siblings_read_the_keys_of_their_row():
 def test_merged_attention_is_attention_over_the_union():
     q, k, v = normal(0, 2, 4, 3, 8), normal(1, 2, 2, 9, 8), normal(2, 2, 2, 9, 8)
     mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 3, 9)).at[:, :, 0].set(True)
-    parts = [ops.attend(q, k[:, :, a:b], v[:, :, a:b], mask[:, None, :, a:b], None) for a, b in ((0, 4), (4, 5), (5, 9))]
+    cuts = (slice(0, 4), slice(4, 5), slice(5, 9))
+    parts = [ops.attend(q, k[:, :, cut], v[:, :, cut], mask[:, None, :, cut], None) for cut in cuts]
     merged = ops.merge_attention(*map(list, zip(*parts, strict=True)))
     np.testing.assert_allclose(merged, plain_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
 

@@ -132,7 +132,7 @@ def write_run(workdir: epath.Path, prompts: int, seed: int) -> None:
             "five_best": 0.3 + 0.1 * index,
             "exact_match": 0.1 + 0.1 * index,
             "spearman": 0.2 + 0.12 * index,
-            "kendall": 0.15 + 0.11 * index,
+            "kendall_tau_b": 0.15 + 0.11 * index,
             "response_tokens": 25.0 + 7 * index,
         }
         results[model] = {key: {"value": value, "stderr": value * 0.03, "n": prompts} for key, value in values.items()}
@@ -321,7 +321,7 @@ def test_the_headline_shows_the_models_asked_for_and_marks_the_best(tmp_path):
         model: {"pairwise_accuracy": {"value": value, "stderr": 0.02, "n": 7}} for model, value in scores.items()
     }
     results["M9"]["never_defined"] = {"value": 1.0, "stderr": 0.0, "n": 1}
-    results["M2"]["kendall"] = {"value": 0.25, "stderr": 0.125, "n": 7}
+    results["M2"]["kendall_tau_b"] = {"value": 0.25, "stderr": 0.125, "n": 7}
     jsonl.write_json(workdir / "results.json", results)
     report.write_report(workdir, MODELS)
     text = (workdir / "report.html").read_text()

@@ -1,0 +1,181 @@
+"""Where the loss is, what shares a row, and that a data iterator goes on where it was."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srlm_jax.data.batches import (
+    PairRow,
+    Row,
+    RowTooLong,
+    pack,
+    packed_batch,
+    packed_batches,
+    padded_batches,
+    padded_length,
+    pair_batches,
+    token_batch,
+)
+from srlm_jax.text.chat import PLAIN, encode_prompt, encode_response
+from srlm_jax.text.tokenizer import WordTokenizer
+from srlm_jax.train.objectives import SftObjective
+
+# begin, user:, hi, \n, assistant: | hello, end
+PROMPT, RESPONSE = (1, 4, 5, 6, 7), (8, 2)
+
+
+def documents(count, longest, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Row(tuple(rng.integers(3, 40, n).tolist()), 1) for n in rng.integers(2, longest + 2, count)]
+
+
+def lists(batch):
+    return [np.asarray(x).tolist() for x in batch]
+
+
+def test_targets_are_the_tokens_one_step_on_and_the_loss_is_on_the_response_and_its_end():
+    batch = token_batch([Row(PROMPT + RESPONSE, len(PROMPT))], 8)
+    assert batch.tokens_BT.tolist() == [[1, 4, 5, 6, 7, 8, 0, 0]]
+    assert batch.targets_BT.tolist() == [[4, 5, 6, 7, 8, 2, 0, 0]]
+    assert batch.mask_BT.tolist() == [[0, 0, 0, 0, 1, 1, 0, 0]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_the_loss_of_an_encoded_exchange_is_on_exactly_the_tokens_of_its_response():
+    tokenizer = WordTokenizer(("user:", "assistant:", "\n", "hi", "hello", "there"))
+    prompt, response = encode_prompt(tokenizer, PLAIN, "hi there"), encode_response(tokenizer, "hello there")
+    batch = token_batch([Row(tuple(prompt + response), len(prompt))], 12)
+    learnt = batch.targets_BT[batch.mask_BT == 1].tolist()
+    assert learnt == response
+    assert learnt[-1] == tokenizer.eos
+    assert tokenizer.decode(learnt) == "hello there"
+
+
+def test_a_document_without_a_prompt_is_learnt_from_its_second_token_on():
+    batch = token_batch([Row((1, 5, 6, 2), 0)], 4)
+    assert batch.mask_BT.tolist() == [[1, 1, 1, 0]]
+
+
+def test_a_row_that_just_fits_is_taken_and_one_more_token_is_too_much():
+    assert token_batch([Row(tuple(range(9)), 1)], 8).tokens_BT.shape == (1, 8)
+    with pytest.raises(RowTooLong, match="a row of 9 positions does not fit a sequence length of 8"):
+        token_batch([Row(tuple(range(10)), 1)], 8)
+    with pytest.raises(RowTooLong, match="a document of 9 positions does not fit a sequence length of 8"):
+        pack([Row(tuple(range(10)), 1)], 8)
+
+
+@pytest.mark.parametrize(("longest", "wanted"), [(1, 8), (8, 8), (9, 16), (16, 16)])
+def test_padded_length_is_the_next_multiple(longest, wanted):
+    assert padded_length([1, longest, 1], 8) == wanted
+
+
+# Packing.
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_keeps_every_document_once_and_wastes_less_than_half_a_row(seed):
+    rows = documents(200, 20, seed)
+    groups = pack(rows, 32)
+    filled = [sum(row.length for row in group) for group in groups]
+    assert max(filled) <= 32
+    assert sorted(row.ids for group in groups for row in group) == sorted(row.ids for row in rows)
+    # No two rows could be one, so all but one are more than half full; best fit does far better on such documents.
+    assert sum(sorted(filled)[:2]) > 32
+    assert len(groups) <= 1.05 * sum(filled) / 32 + 1
+
+
+def test_packing_by_hand():
+    # 6 and 5 open a row each; 3 fits neither rest (2 and 3) better than the second; 2 goes to the first.
+    rows = [Row(tuple(range(n + 1)), 1) for n in (3, 6, 2, 5)]
+    assert [[row.length for row in group] for group in pack(rows, 8)] == [[6, 2], [5, 3]]
+
+
+def test_a_packed_row_by_hand():
+    batch = packed_batch([(Row((1, 5, 6, 2), 2), Row((1, 7, 2), 1))], 7)
+    assert lists(batch) == [
+        [[1, 5, 6, 1, 7, 0, 0]],  # tokens
+        [[5, 6, 2, 7, 2, 0, 0]],  # targets
+        [[0, 1, 1, 1, 1, 0, 0]],  # mask
+        [[0, 1, 2, 0, 1, 0, 0]],  # positions
+        [[1, 1, 1, 2, 2, 0, 0]],  # segments
+    ]
+
+
+def test_packed_documents_have_the_loss_and_the_gradient_of_documents_in_rows_of_their_own(tiny_llama):
+    rows = documents(10, 9)
+    packed = packed_batch(pack(rows, 20), 20)
+    assert packed.tokens_BT.shape[0] < 5
+    objective = SftObjective(dropout=0.0, logprob_chunk=32)
+
+    @jax.jit
+    def run(model, batch):
+        loss = lambda model: (lambda sums: (sums.loss, sums.count))(objective(model, batch, jax.random.key(0)))
+        return jax.value_and_grad(loss, has_aux=True)(model)
+
+    (loss, count), gradient = run(tiny_llama, jax.tree.map(jnp.asarray, packed))
+    (one_loss, one_count), one_gradient = run(tiny_llama, jax.tree.map(jnp.asarray, token_batch(rows, 9)))
+    assert count == one_count == sum(row.length for row in rows)
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(one_gradient), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+# Pipelines.
+
+PAIRS = [
+    PairRow(chosen, rejected, -float(i), -2.0 * i)
+    for i, (chosen, rejected) in enumerate(zip(documents(7, 8), documents(7, 8, seed=1), strict=True))
+]
+
+PIPELINES = {
+    "padded": lambda seed: padded_batches(documents(7, 8), 8, 3, seed),
+    "packed": lambda seed: packed_batches(documents(30, 8), 16, 3, seed),
+    "pairs": lambda seed: pair_batches(PAIRS, 8, 3, seed),
+}
+
+
+def take(iterator, count):
+    return [[np.asarray(leaf).tolist() for leaf in jax.tree.leaves(next(iterator))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_a_restored_iterator_goes_on_with_the_batch_that_would_have_come_next(make):
+    iterator = iter(make(0))
+    take(iterator, 5)  # past the end of an epoch, and in the middle of a row's batch
+    state = iterator.get_state()
+    wanted = take(iterator, 6)
+    fresh = iter(make(0))
+    fresh.set_state(state)
+    assert take(fresh, 6) == wanted
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_the_seed_decides_the_order(make):
+    assert take(iter(make(0)), 6) == take(iter(make(0)), 6)
+    assert take(iter(make(0)), 6) != take(iter(make(1)), 6)
+
+
+def test_every_epoch_holds_every_row_once_in_another_order():
+    rows = documents(12, 8)
+    batches = iter(padded_batches(rows, 8, 4, seed=0))
+    epochs = [np.concatenate([next(batches).tokens_BT for _ in range(3)]).tolist() for _ in range(3)]
+    every = sorted(token_batch(rows, 8).tokens_BT.tolist())
+    assert [sorted(epoch) for epoch in epochs] == [every] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_two_answers_of_a_pair_and_their_reference_stay_together():
+    by_chosen = {tuple(token_batch([pair.chosen], 8).tokens_BT[0].tolist()): pair for pair in PAIRS}
+    for batch in itertools.islice(pair_batches(PAIRS, 8, 3, seed=0), 5):
+        for i in range(3):
+            pair = by_chosen[tuple(batch.chosen.tokens_BT[i].tolist())]
+            assert batch.rejected.tokens_BT[i].tolist() == token_batch([pair.rejected], 8).tokens_BT[0].tolist()
+            assert (batch.ref_chosen_P[i], batch.ref_rejected_P[i]) == (pair.ref_chosen, pair.ref_rejected)
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="0 training rows cannot be shared among 1 hosts"):
+        padded_batches([], 8, 3, seed=0)

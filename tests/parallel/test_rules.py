@@ -1,0 +1,62 @@
+"""Logical axes become mesh axes by one table, which knows them all."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from srlm_jax.model import llama
+from srlm_jax.model.config import PRESETS
+from srlm_jax.parallel import rules
+from srlm_jax.parallel.mesh import MeshShape, sample_mesh, train_mesh
+
+P = jax.sharding.PartitionSpec
+MESH = MeshShape(data=2, fsdp=2, tensor=2)
+
+
+def test_axes_are_placed_as_the_table_says():
+    placed = rules.sharding(train_mesh(MESH), rules.TRAIN, ("layers", "embed", "heads", "head"))
+    assert placed.spec == P(None, ("fsdp",), ("tensor",), None)
+    assert rules.sharding(train_mesh(MESH), rules.TRAIN, ("batch", "norm")).spec == P(("data", "fsdp"), None)
+    assert rules.sharding(sample_mesh(MESH), rules.SAMPLE, ("batch", "embed")).spec == P(("data",), None)
+
+
+def test_an_unknown_axis_is_named():
+    with pytest.raises(ValueError, match=r"unknown logical axis 'head_dim' in \('embed', 'head_dim'\): the table"):
+        rules.sharding(train_mesh(MESH), rules.TRAIN, ("embed", "head_dim"))
+
+
+def test_two_axes_that_claim_one_mesh_axis_are_named():
+    with pytest.raises(ValueError, match=r"axes 'heads' and 'mlp' of .* both claim mesh axis 'tensor'"):
+        rules.sharding(train_mesh(MESH), rules.TRAIN, ("heads", "mlp"))
+    with pytest.raises(ValueError, match=r"axes 'batch' and 'embed' of .* both claim mesh axis 'fsdp'"):
+        rules.sharding(train_mesh(MESH), rules.TRAIN, ("batch", "embed"))
+
+
+def test_a_weight_that_the_mesh_does_not_divide_is_named(tiny_config):
+    odd = llama.abstract(dataclasses.replace(tiny_config, F=25))
+    with pytest.raises(ValueError, match=r"weight .*down.* of shape \(2, 25, 16\) does not fit mesh .*'tensor': 2"):
+        rules.model_shardings(train_mesh(MESH), rules.TRAIN, odd)
+
+
+def test_every_weight_of_every_preset_has_a_place():
+    for make in PRESETS.values():
+        for mesh, table in ((train_mesh(MESH), rules.TRAIN), (sample_mesh(MESH), rules.SAMPLE)):
+            model = llama.abstract(make())
+            placed = rules.model_shardings(mesh, table, model)
+            assert len(jax.tree.leaves(placed)) == len(jax.tree.leaves(model))
+
+
+def test_the_large_weights_are_split_over_fsdp_and_tensor_in_training_and_over_tensor_in_sampling(tiny_config):
+    model = llama.abstract(tiny_config)
+    for mesh, table, parts in ((train_mesh(MESH), rules.TRAIN, 4), (sample_mesh(MESH), rules.SAMPLE, 2)):
+        placed = rules.model_shardings(mesh, table, model)
+        for weight, to in zip(jax.tree.leaves(model), jax.tree.leaves(placed), strict=True):
+            held = jax.numpy.zeros(to.shard_shape(weight.shape)).size
+            assert weight.size // held == (parts if weight.size > 100 else 1)
+
+
+def test_replicated_arrays_are_whole_everywhere():
+    placed = rules.replicated(train_mesh(MESH))
+    assert placed.shard_shape((3, 5)) == (3, 5)
+    assert len(placed.device_set) == 8
