@@ -12,7 +12,9 @@ from ml_collections import ConfigDict, config_dict
 from srlm_jax.model import config as presets
 
 
-def sampling(*, samples: int, temperature: float, top_p: float, max_new_tokens: int, stop: tuple[str, ...]) -> ConfigDict:
+def sampling(
+    *, samples: int, temperature: float, top_p: float, max_new_tokens: int, stop: tuple[str, ...]
+) -> ConfigDict:
     return ConfigDict(locals())
 
 
@@ -25,14 +27,16 @@ def optimizer(*, learning_rate: float, end_learning_rate: float, warmup_steps: i
     return c
 
 
-def training(*, steps: int, batch_size: int, log_every: int, checkpoint_every: int, optimizer: ConfigDict) -> ConfigDict:
+def training(
+    *, steps: int, batch_size: int, log_every: int, checkpoint_every: int, optimizer: ConfigDict
+) -> ConfigDict:
     c = ConfigDict(locals())
     c.accumulate = 1
     return c
 
 
 def get_config(scale: str | None, models: int) -> ConfigDict:
-    """The configuration of a scale ("tiny", also when none is named, or "smoke") that makes the models up to `models`."""
+    """A scale's configuration, up to the model M`models`: "tiny", which is also meant by none, or "smoke"."""
     scales = {"tiny": tiny, "smoke": smoke}
     scale = scale or "tiny"
     if scale not in scales:

@@ -68,7 +68,10 @@ def vocabulary() -> tuple[str, ...]:
     """Every word of the world, in a fixed order."""
     texts = [*OPENERS, *VERBS, *SIZES, *ORDERS, *NO_ORDERS, *CLOSERS, *NUMBERS, *CATEGORIES, *CATEGORY_OF]
     texts += [re.sub("<.*?>", "", RUBRIC.template), "user: assistant: someone \n . , :"]
-    texts += ["on off up down total of relevant topic count distinct order yes no Score: 0 1 2 3 4 5", "Come up with a series of tasks:"]
+    texts += [
+        "on off up down total of relevant topic count distinct order yes no Score: 0 1 2 3 4 5",
+        "Come up with a series of tasks:",
+    ]
     texts += [" ".join(f"{i}." for i in range(1, 13)), "are comes before after some again"]
     return tuple(dict.fromkeys(word for text in texts for word in text.replace("\n", " \n ").split(" ") if word))
 

@@ -46,7 +46,9 @@ def _plain_document(rng: random.Random) -> str:
         return f"{name} in alphabetical order : {world.write_answer(items)} ."
     if kind == 2:
         first, second = sorted(rng.sample(words, 2))
-        return f"the {name} {first} comes before {second} ." if rng.random() < 0.5 else f"{second} comes after {first} ."
+        return (
+            f"the {name} {first} comes before {second} ." if rng.random() < 0.5 else f"{second} comes after {first} ."
+        )
     count = rng.randint(1, len(world.NUMBERS))
     items = rng.sample(words, count)
     numbered = " , ".join(f"{world.NUMBERS[i]} {item}" for i, item in enumerate(items))

@@ -43,7 +43,9 @@ def sharding(
             raise ValueError(f"unknown logical axis {axis!r} in {axes}: the table knows {sorted(rules)}")
         for mesh_axis in rules[axis]:
             if mesh_axis in claimed:
-                raise ValueError(f"axes {claimed[mesh_axis]!r} and {axis!r} of {axes} both claim mesh axis {mesh_axis!r}")
+                raise ValueError(
+                    f"axes {claimed[mesh_axis]!r} and {axis!r} of {axes} both claim mesh axis {mesh_axis!r}"
+                )
             claimed[mesh_axis] = axis
         entries.append(rules[axis] or None)
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*entries))

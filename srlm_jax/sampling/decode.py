@@ -102,9 +102,7 @@ def start(model: Llama, prefix: Level | None, groups: int, prompts: int, samples
 
     def level(rows: int, slots: int) -> Level:
         # Two arrays, not one twice: the state is donated, and no buffer can be donated twice.
-        return Level(
-            kv.empty(config, rows, slots), kv.empty(config, rows, slots), jnp.zeros((rows, slots), bool)
-        )
+        return Level(kv.empty(config, rows, slots), kv.empty(config, rows, slots), jnp.zeros((rows, slots), bool))
 
     leaf = level(B, lengths[2])
     return DecodeState(

@@ -69,7 +69,7 @@ class Work:
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to 8, 12, 16, 24, 32, 48, 64, ...: few sizes, so few compilations, and a third at most lost."""
+    """`length` rounded up to 8, 12, 16, 24, 32, 48, ...: few sizes, so few compilations, and a third at most lost."""
     size = 8
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

@@ -31,9 +31,7 @@ def nucleus(probs_BV: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
     return jnp.where(bits_BV >= low_B[:, None], probs_BV, 0)
 
 
-def draw(
-    logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], temperature: float, top_p: float
-) -> Int[Array, "B"]:
+def draw(logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], temperature: float, top_p: float) -> Int[Array, "B"]:
     """One token id a row. Temperature 0 takes the most probable; otherwise the row's key decides.
 
     The draw is the Gumbel-max trick over the nucleus, so it needs no renormalisation.

@@ -115,7 +115,9 @@ def _shapes(tree):
 
 def _tokens(batch) -> int:
     """Tokens of this host's part of a batch that count towards the loss or its context: all but padding."""
-    rows = [leaf for leaf in jax.tree.leaves(batch, is_leaf=lambda x: hasattr(x, "mask_BT")) if hasattr(leaf, "mask_BT")]
+    rows = [
+        leaf for leaf in jax.tree.leaves(batch, is_leaf=lambda x: hasattr(x, "mask_BT")) if hasattr(leaf, "mask_BT")
+    ]
     return sum(int(np.sum((row.tokens_BT != 0) | (row.mask_BT != 0))) for row in rows) * jax.process_count()
 
 
@@ -125,7 +127,7 @@ def _mean_of(window: list[dict[str, np.ndarray]], *, first_step: int, done: int)
             if not math.isfinite(metrics[name]):
                 raise Diverged(
                     f"{name} is {float(metrics[name])} at step {first_step + offset + 1} (this run started at step "
-                    f"{done}); the last saved state is intact. Lower the learning rate or clip_norm, or look at the data"
+                    f"{done}); the last saved state is intact. Lower learning_rate or clip_norm, or look at the data"
                 )
     return {name: float(np.mean([metrics[name] for metrics in window])) for name in window[0]}
 

@@ -30,7 +30,7 @@ def token_logprobs(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Ar
         taken_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         return taken_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-    if T <= chunk:
+    if chunk >= T:
         return one_chunk(hidden_BTD, targets_BT)
     chunks = -(-T // chunk)
     padding = chunks * chunk - T
