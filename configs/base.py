@@ -77,14 +77,14 @@ def tiny() -> ConfigDict:
     )
     # Section 3.1.1 has 3,200 IFT examples, about 570 EFT training prompts and 190 for evaluation.
     c.seed_data = ConfigDict(
-        {"lang": "en", "min_ranked": 2, "ift_prompts": 1_000, "eft_train_prompts": 570, "eft_eval_prompts": 300}
+        {"lang": "en", "min_ranked": 2, "ift_prompts": 1_000, "eft_train_prompts": 570, "eft_eval_prompts": 190}
     )
 
     c.pretraining = ConfigDict()
     c.pretraining.sequence_length = 208
     c.pretraining.dropout = 0.0
     c.pretraining.train = training(
-        steps=1_000,
+        steps=1_200,
         batch_size=12,
         log_every=20,
         checkpoint_every=100,
@@ -143,12 +143,12 @@ def tiny() -> ConfigDict:
     c.dpo.beta = 0.1  # section 3.1.3
     c.dpo.dropout = 0.1
     c.dpo.train = training(
-        steps=200,
+        steps=300,
         batch_size=32,
         log_every=10,
         checkpoint_every=50,
         # Section 3.1.3 has 1e-6 falling to 1e-7.
-        optimizer=optimizer(learning_rate=1e-5, end_learning_rate=1e-6, warmup_steps=10, weight_decay=0.0),
+        optimizer=optimizer(learning_rate=4e-6, end_learning_rate=4e-7, warmup_steps=10, weight_decay=0.0),
     )
     return c
 

@@ -1,7 +1,7 @@
 """M0, the SFT baseline and M1: base model, then SFT on IFT, then on IFT + EFT (section 3.1).
 
-    python -m srlm_jax.main --config=configs/iter1.py           the tiny scale
-    python -m srlm_jax.main --config=configs/iter1.py:smoke     every stage at its smallest
+python -m srlm_jax.main --config=configs/iter1.py           the tiny scale
+python -m srlm_jax.main --config=configs/iter1.py:smoke     every stage at its smallest
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """M2: one self-rewarding round, from M1. Makes M1 first where it is not there.
 
-    python -m srlm_jax.main --config=configs/iter2.py           the tiny scale
-    python -m srlm_jax.main --config=configs/iter2.py:smoke     every stage at its smallest
+python -m srlm_jax.main --config=configs/iter2.py           the tiny scale
+python -m srlm_jax.main --config=configs/iter2.py:smoke     every stage at its smallest
 """
 
 from ml_collections import ConfigDict

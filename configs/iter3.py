@@ -1,7 +1,7 @@
 """M3: the second self-rewarding round, from M2. Makes M2 first where it is not there.
 
-    python -m srlm_jax.main --config=configs/iter3.py           the tiny scale
-    python -m srlm_jax.main --config=configs/iter3.py:smoke     every stage at its smallest
+python -m srlm_jax.main --config=configs/iter3.py           the tiny scale
+python -m srlm_jax.main --config=configs/iter3.py:smoke     every stage at its smallest
 """
 
 from ml_collections import ConfigDict

@@ -69,7 +69,7 @@ def vocabulary() -> tuple[str, ...]:
     texts = [*OPENERS, *VERBS, *SIZES, *ORDERS, *NO_ORDERS, *CLOSERS, *NUMBERS, *CATEGORIES, *CATEGORY_OF]
     texts += [re.sub("<.*?>", "", RUBRIC.template), "user: assistant: someone \n . , :"]
     texts += [
-        "on off up down total of relevant topic count distinct order yes no Score: 0 1 2 3 4 5",
+        "on off first up down total relevant topic count distinct order yes no Score: 0 1 2 3 4 5",
         "Come up with a series of tasks:",
     ]
     texts += [" ".join(f"{i}." for i in range(1, 13)), "are comes before after some again"]
@@ -165,19 +165,18 @@ def oracle_score(instruction: str, answer: str) -> int | None:
 def write_verdict(task: Task, answer: str, marks: Marks) -> str:
     """A judgement as this world writes it: a walk through the items, the five points, the score.
 
-    The walk is what makes the score learnable: each item is numbered and compared with what came before it, so the
-    points at the end only read off what is already written.
+    The walk is what makes the score learnable: each item is copied and compared with the category and with what came
+    before it, so the points at the end only read off what is already written.
+
+        apple on first , dog off up , apple again down . relevant yes topic no count yes distinct no order no Score: 2
     """
     walk, seen, previous = [], set(), ""
-    for number, item in enumerate(read_answer(answer)):
-        notes = [NUMBERS[min(number, len(NUMBERS) - 1)], item, "on" if item in CATEGORIES[task.category] else "off"]
-        if item in seen:
-            notes.append("again")
-        if task.ordered and number:
-            notes.append("up" if previous <= item else "down")
+    for item in read_answer(answer):
+        notes = [item, "again" if item in seen else "on" if item in CATEGORIES[task.category] else "off"]
+        if task.ordered:
+            notes.append("first" if not walk else "up" if previous <= item else "down")
         walk.append(" ".join(notes))
         seen.add(item)
         previous = item
-    total = NUMBERS[min(len(walk), len(NUMBERS)) - 1]
     points = " ".join(f"{name} {'yes' if earned else 'no'}" for name, earned in dataclasses.asdict(marks).items())
-    return f"{' , '.join(walk)} . total {total} of {NUMBERS[task.count - 1]} : {points} Score: {marks.score}"
+    return f"{' , '.join(walk)} . {points} Score: {marks.score}"

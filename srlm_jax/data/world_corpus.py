@@ -32,7 +32,7 @@ def draw_prompt(rng: random.Random) -> str:
 
 def _plain_document(rng: random.Random) -> str:
     """Facts: which words belong together, how they are ordered, how one counts."""
-    if rng.random() < 0.5:  # a list said twice: what teaches a model to copy, which its judge's walk needs
+    if rng.random() < 0.7:  # a list said twice: what teaches a model to copy, which its judge's walk needs
         items = world.write_answer(rng.sample(sorted(world.CATEGORY_OF), rng.randint(2, 8)))
         return f"{items} . again : {items} ."
     name = rng.choice(sorted(world.CATEGORIES))
@@ -85,7 +85,7 @@ def draw_corpus(rules: WorldRules, seed: int) -> Iterator[str]:
     for i in range(rules.documents):
         rng = random.Random(f"{seed}/corpus/{i}")
         kind = rng.random()
-        if kind < 0.24:
+        if kind < 0.28:
             yield _plain_document(rng)
         elif kind < 0.46:
             yield _answer_document(rng, rules)

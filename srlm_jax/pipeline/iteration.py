@@ -1,41 +1,41 @@
 """The paper's algorithm (section 2): M0 -> SFT baseline, M1 -> M2 -> M3."""
 
-from srlm_jax.pipeline import stages
+from srlm_jax.pipeline import answering, evaluation, judging, seeding, training
 from srlm_jax.pipeline.run import Run
 
 
 def self_reward(run: Run) -> list[str]:
     """Makes M1 ... M`settings.models` and what they need, evaluating each; returns the models' names in order."""
-    stages.make_world(run)
-    stages.split_seed(run)
+    seeding.make_world(run)
+    seeding.split_seed(run)
 
-    stages.pretrain(run)
-    stages.evaluate(run, "m0")
+    training.pretrain(run)
+    evaluation.evaluate(run, "m0")
 
     # The SFT baseline: M0 on human answers alone. It judges the ranked answers of the EFT split.
-    stages.fine_tune(run, "sft", ["seed/ift.jsonl"], ["seed", "m0/train"])
-    stages.evaluate(run, "sft")
-    stages.judge_ranked(run)
-    stages.make_eft(run)
+    training.fine_tune(run, "sft", ["seed/ift.jsonl"], ["seed", "m0/train"])
+    evaluation.evaluate(run, "sft")
+    judging.judge_ranked(run)
+    judging.make_eft(run)
 
     # M1: M0, not the baseline, on human answers and on the judgements that agree with humans.
-    stages.fine_tune(run, "m1", ["seed/ift.jsonl", "eft/examples"], ["seed", "eft/examples", "m0/train"])
-    stages.evaluate(run, "m1")
+    training.fine_tune(run, "m1", ["seed/ift.jsonl", "eft/examples"], ["seed", "eft/examples", "m0/train"])
+    evaluation.evaluate(run, "m1")
 
     models = ["m0", "sft", "m1"]
     for t in range(2, run.settings.models + 1):
         self_rewarding_round(run, f"m{t}", models[-1])
-        stages.evaluate(run, f"m{t}")
+        evaluation.evaluate(run, f"m{t}")
         models.append(f"m{t}")
     return models
 
 
 def self_rewarding_round(run: Run, name: str, start: str) -> None:
     """One round: the model `start` writes prompts, answers, judges; DPO on its own preferences gives `name`."""
-    stages.create_prompts(run, name, start)
-    stages.respond(run, name, start)
-    stages.judge_responses(run, name, start)
-    stages.score_round_by_oracle(run, name)
-    stages.make_pairs(run, name)
-    stages.reference_logprobs(run, name, start)
-    stages.train_on_preferences(run, name, start)
+    answering.create_prompts(run, name, start)
+    answering.respond(run, name, start)
+    judging.judge_responses(run, name, start)
+    evaluation.score_round_by_oracle(run, name)
+    judging.make_pairs(run, name)
+    training.reference_logprobs(run, name, start)
+    training.train_on_preferences(run, name, start)

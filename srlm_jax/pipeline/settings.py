@@ -91,6 +91,20 @@ class Settings:
     judging: SamplingParams
     dpo: PreferenceTraining
 
+    def __post_init__(self):
+        if self.responses.samples < 2:
+            raise BadConfig(f"config.responses.samples is {self.responses.samples}: a pair needs at least 2 responses")
+        if self.judging.samples < 1:
+            raise BadConfig(f"config.judging.samples is {self.judging.samples}: a score needs at least 1 judgement")
+        if self.world.held_out < 2:
+            raise BadConfig(f"config.world.held_out is {self.world.held_out}: a standard error needs at least 2")
+        shots = self.self_instruction.from_seeds + self.self_instruction.from_generated
+        if self.seed_data.ift_prompts < shots:
+            raise BadConfig(
+                f"config.seed_data.ift_prompts is {self.seed_data.ift_prompts}: self-instruction shows {shots} prompts "
+                "(config.self_instruction.from_seeds + from_generated)"
+            )
+
 
 def read(config: Mapping) -> Settings:
     """A config file's tree as settings.

@@ -49,7 +49,9 @@ class WordTokenizer:
         return [self._ids.get(word, self.unknown) for word in text.replace("\n", " \n ").split(" ") if word]
 
     def decode(self, ids: Sequence[int]) -> str:
-        words = [self.words[i - 4] if i >= 4 else "<unk>" for i in ids if i not in (self.pad, self.bos, self.eos)]
+        # A model may have more ids than there are words, and draw one of them.
+        known = range(4, self.vocabulary)
+        words = [self.words[i - 4] if i in known else "<unk>" for i in ids if i not in (self.pad, self.bos, self.eos)]
         return " ".join(words).replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")
 
 

@@ -39,6 +39,7 @@ class TrainConfig:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
+        schedule(self.optimizer, self.steps)  # refuses a warm-up that is longer than the training
 
 
 class Diverged(FloatingPointError):

@@ -109,12 +109,12 @@ def test_the_verdict_on_the_true_points_parses_to_the_score():
         assert vote.score == marks.score == world.mark(task, answer).score
 
 
-def test_a_verdict_walks_through_the_items():
+def test_a_verdict_walks_through_the_items_and_ends_with_the_points():
     verdict = world.write_verdict(IN_ORDER, "plum , wolf , plum", world.mark(IN_ORDER, "plum , wolf , plum"))
-    points = "relevant yes topic no count yes distinct no order no"
-    assert verdict == (
-        f"one plum on , two wolf off up , three plum on again down . total three of three : {points} Score: 2"
-    )
+    walk = [set(notes.split()) for notes in verdict.split(" . ")[0].split(" , ")]
+    assert [notes & {"plum", "wolf"} for notes in walk] == [{"plum"}, {"wolf"}, {"plum"}]
+    assert [notes & {"on", "off", "up", "down", "again"} for notes in walk][1:] == [{"off", "up"}, {"again", "down"}]
+    assert verdict.endswith("relevant yes topic no count yes distinct no order no Score: 2")
 
 
 def test_the_judge_stops_after_the_score_and_nowhere_before():

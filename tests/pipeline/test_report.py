@@ -143,7 +143,8 @@ def write_run(workdir: epath.Path, prompts: int, seed: int) -> None:
         jsonl.write(jsonl.shard(workdir / name / "judgements", 0), judged[:half])
         jsonl.write(jsonl.shard(workdir / name / "judgements", 1), judged[half:])
         if name == "eft":
-            _write_ledger(workdir, "eft/examples", {"kept": 210, "disagrees": 90, "no_score": 12}, 55.5)
+            counts = {"prompts": 104, "draws": 312, "accepted_draws": 210, "against_humans": 90, "too_few_scored": 12}
+            _write_ledger(workdir, "eft/examples", counts | {"examples": 400}, 55.5)
             continue
         jsonl.write(
             jsonl.shard(workdir / name / "prompts", 0),
@@ -229,7 +230,7 @@ def test_a_finished_run_shows_every_section_and_every_chart(run):
         "M3, judged by M2",
         *MODELS,
         "Preference pairs",
-        "EFT examples",
+        "EFT draws",
         "New prompts",
         "Judgements",
         "Judgements of the EFT split",

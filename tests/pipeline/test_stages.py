@@ -4,7 +4,7 @@ import pytest
 
 from configs.base import get_config
 from srlm_jax.data import world
-from srlm_jax.pipeline import stages
+from srlm_jax.pipeline import answering, judging, seeding, training
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, make_run
 from srlm_jax.pipeline.settings import BadConfig, read
@@ -130,8 +130,8 @@ def test_nothing_to_do_gives_no_records(tmp_path):
 
 def test_the_world_and_its_split_are_counted(tmp_path):
     run = open_run(tmp_path)
-    stages.make_world(run)
-    stages.split_seed(run)
+    seeding.make_world(run)
+    seeding.split_seed(run)
     world_counts = run.ledger.entry("world")["counts"]
     rules, wanted = run.settings.world, run.settings.seed_data
     assert world_counts == {"documents": rules.documents, "trees": rules.trees, "held_out": rules.held_out}
@@ -147,9 +147,9 @@ def test_the_world_and_its_split_are_counted(tmp_path):
 
 def test_a_judge_prompt_that_cannot_fit_stops_before_training(tmp_path):
     run = open_run(tmp_path, context_length=150)
-    stages.make_world(run)
+    seeding.make_world(run)
     with pytest.raises(BadConfig) as raised:
-        stages.split_seed(run)
+        seeding.split_seed(run)
     for field in ("context_length", "max_prompt_tokens", "responses.max_new_tokens", "judging.max_new_tokens"):
         assert f"config.{field}" in str(raised.value)
     assert not (tmp_path / "m0").exists()
@@ -157,7 +157,7 @@ def test_a_judge_prompt_that_cannot_fit_stops_before_training(tmp_path):
 
 def test_the_longest_judge_prompt_that_fits_is_accepted(tmp_path):
     with pytest.raises(BadConfig, match=r": (\d+) tokens of rubric") as raised:
-        stages.check_lengths(open_run(tmp_path, context_length=10))
+        seeding.check_lengths(open_run(tmp_path, context_length=10))
     frame = int(str(raised.value).split(" tokens of rubric")[0].split()[-1])
     rubric_words = world.RUBRIC.template.replace("\n", " \n ").split(" ")
     assert frame == len(rubric_words) - 2 + len(["<s>", "user:", "\n", "assistant:"])
@@ -168,15 +168,15 @@ def test_the_longest_judge_prompt_that_fits_is_accepted(tmp_path):
         "self_instruction__from_seeds": 1,
         "self_instruction__from_generated": 0,
     }
-    stages.check_lengths(open_run(tmp_path, context_length=200, **exact))
+    seeding.check_lengths(open_run(tmp_path, context_length=200, **exact))
     with pytest.raises(BadConfig, match=r"= 200 > config\.context_length 199"):
-        stages.check_lengths(open_run(tmp_path, context_length=199, **exact))
+        seeding.check_lengths(open_run(tmp_path, context_length=199, **exact))
 
 
 def test_a_prompt_for_new_instructions_that_cannot_fit_stops_before_training(tmp_path):
     run = open_run(tmp_path, self_instruction__from_seeds=20)
     with pytest.raises(BadConfig, match=r"22 x config\.max_prompt_tokens .* config\.self_instruction\.sampling"):
-        stages.check_lengths(run)
+        seeding.check_lengths(run)
 
 
 def test_more_token_ids_than_the_model_has_are_refused(tmp_path):
@@ -195,7 +195,7 @@ def test_examples_that_all_exceed_the_context_stop_the_training(tmp_path):
     pretend(run, "seed", "m0/train")
     jsonl.write(run.workdir / "long.jsonl", [Example(id="a", prompt="list", response="apple , " * 200)])
     with pytest.raises(EmptyStage, match=r"none of 1 examples fits config\.context_length"):
-        stages.fine_tune(run, "sft", ["long.jsonl"], ["seed", "m0/train"])
+        training.fine_tune(run, "sft", ["long.jsonl"], ["seed", "m0/train"])
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_examples_that_all_exceed_the_context_stop_the_training(tmp_path):
 def judge(run, names=("a", "b", "c")):
     pretend(run, "m2/responses", "m1/train")
     jsonl.write(jsonl.shard(run.workdir / "m2" / "responses", 0), answers(*names))
-    stages.judge_responses(run, "m2", "m1")
+    judging.judge_responses(run, "m2", "m1")
 
 
 def test_votes_and_their_failures_are_counted(tmp_path, speak):
@@ -259,7 +259,7 @@ def test_a_baseline_that_never_agrees_stops_with_advice(tmp_path):
         [JudgedPrompt(id=verdict.id, prompt=verdict.prompt, responses=responses)],
     )
     with pytest.raises(EmptyStage, match=r"^eft/examples: no judgement .* config\.eft\.max_tied_pairs"):
-        stages.make_eft(run)
+        judging.make_eft(run)
 
 
 # --- a round ----------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_baseline_that_never_agrees_stops_with_advice(tmp_path):
 def make_pairs(run, *records):
     pretend(run, "m2/judgements")
     jsonl.write(jsonl.shard(run.workdir / "m2" / "judgements", 0), records)
-    stages.make_pairs(run, "m2")
+    judging.make_pairs(run, "m2")
     return jsonl.read(run.workdir / "m2" / "pairs", PreferencePair)
 
 
@@ -300,7 +300,7 @@ def test_answers_that_the_limit_cut_are_counted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "load_to_sample", lambda run, name: name)
     monkeypatch.setattr(Run, "generate", lambda run, model, stage: generate)
-    stages.respond(run, "m2", "m1")
+    answering.respond(run, "m2", "m1")
     assert run.ledger.entry("m2/responses")["counts"] == {"responses": 4, "cut": 1}
     (made,) = jsonl.read(run.workdir / "m2" / "responses", Responses)
     assert (made.prompt, made.completions) == ("list", answer.completions)
@@ -330,15 +330,16 @@ def new_prompts(workdir, **changes):
     (workdir / "m1" / "checkpoint").mkdir(parents=True, exist_ok=True)
     seeds = [Example(id=str(i), prompt=prompt, response="plum") for i, prompt in enumerate(SEEDS)]
     jsonl.write(run.workdir / "seed" / "ift.jsonl", seeds)
-    stages.create_prompts(run, "m2", "m1")
+    answering.create_prompts(run, "m2", "m1")
     return run
 
 
 def inventive(name, prompt, sample):
-    """A new instruction for two of three requests; else one that is known."""
+    """A new instruction for two of three requests; else a known one: a seed, and later the first that was made."""
     index = int(name.split("/")[-2]) * 4 + int(name.split("/")[-1])
-    if index % 3 == 2:
+    if index == 2:
         return SEEDS[0] + "\n10."
+    index = 0 if index % 3 == 2 else index
     category = sorted(world.CATEGORIES)[index]
     return f"{world.OPENERS[index + 1]} {world.VERBS[index % 8]} {world.NUMBERS[index % 8]} {category} .\n10."
 
@@ -416,5 +417,5 @@ def test_a_generator_that_is_nowhere_is_named(tmp_path, speak):
 def test_no_vote_is_told_apart_from_all_reasons():
     votes = [Vote(text="", score=None, no_vote=reason) for reason in NoVote] + [Vote(text="", score=0.0, no_vote=None)]
     response = JudgedResponse(response="", tokens=0, finished=True, votes=tuple(votes), score=0.0)
-    counts = stages.vote_counts([JudgedPrompt(id="a", prompt="", responses=(response, response))])
+    counts = judging.vote_counts([JudgedPrompt(id="a", prompt="", responses=(response, response))])
     assert counts == {"votes": 10, "unfinished": 2, "no_score": 2, "out_of_range": 2, "not_a_number": 2}

@@ -62,9 +62,7 @@ def naive(tiny_llama):
 
     @jax.jit
     def next_token(tokens_T, length):
-        hidden, _ = tiny_llama(
-            tokens_T[None], jnp.arange(LONGEST)[None], segments_BT=None, cache=None, dropout=None
-        )
+        hidden, _ = tiny_llama(tokens_T[None], jnp.arange(LONGEST)[None], segments_BT=None, cache=None, dropout=None)
         return jnp.argmax(hidden[0, length - 1] @ tiny_llama.head())
 
     def complete(prompt, draw):

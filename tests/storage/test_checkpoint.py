@@ -229,8 +229,12 @@ def test_a_damaged_train_state_says_what_to_do(tmp_path):
     with TrainCheckpoints(folder) as checkpoints:
         checkpoints.save(3, train_state(3), batches())
     truncate(largest_file(tmp_path / "state" / "3" / "state"))
-    with TrainCheckpoints(folder) as checkpoints, pytest.raises(
-        BadCheckpoint, match=r"state \(step 3\) cannot be read; delete the folder to train this stage from its start"
+    with (
+        TrainCheckpoints(folder) as checkpoints,
+        pytest.raises(
+            BadCheckpoint,
+            match=r"state \(step 3\) cannot be read; delete the folder to train this stage from its start",
+        ),
     ):
         checkpoints.restore(shapes_of(train_state(0)), batches())
 

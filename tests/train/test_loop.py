@@ -46,11 +46,11 @@ def interrupted(batches, after):
     return batches.map(pass_on)
 
 
-@pytest.fixture
-def run(tiny_llama, one_device, tmp_path):
-    """Trains a copy of the tiny Llama on the toy task in `tmp_path / name`."""
+@pytest.fixture(scope="module")
+def run(tiny_llama, one_device):
+    """Trains a copy of the tiny Llama on the toy task in a folder."""
 
-    def run(name, *, killed_at=10**6, model=tiny_llama, mesh=None, config=CONFIG, objective=SFT, rows=None):
+    def run(folder, *, killed_at=10**6, model=tiny_llama, mesh=None, config=CONFIG, objective=SFT, rows=None):
         rows = counting_rows() if rows is None else rows
         batches = interrupted(padded_batches(rows, 8, config.batch_size, seed=3), killed_at)
         return train(
@@ -60,11 +60,18 @@ def run(tiny_llama, one_device, tmp_path):
             config=config,
             mesh=one_device("data", "fsdp", "tensor") if mesh is None else mesh,
             seed=5,
-            folder=epath.Path(tmp_path / name),
-            title=name,
+            folder=epath.Path(folder),
+            title=folder.name,
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory):
+    """The hash of the weights that a training without interruption ends with, and its folder."""
+    folder = tmp_path_factory.mktemp("straight")
+    return model_hash(run(folder)), folder
 
 
 def metrics(folder):
@@ -74,47 +81,46 @@ def metrics(folder):
     return lines
 
 
-def test_the_loss_goes_down_and_is_logged(run, tmp_path):
-    run("straight")
-    lines = metrics(tmp_path / "straight")
+def test_the_loss_goes_down_and_is_logged(straight):
+    _, folder = straight
+    lines = metrics(folder)
     assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 12, 14]  # every 3 steps, and before every save
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     np.testing.assert_allclose(lines[-1]["learning_rate"], 3e-3, rtol=1e-5)
     assert all(line["gradient_norm"] > 0 for line in lines)
-    assert list((tmp_path / "straight" / "tensorboard").iterdir())
+    assert list((folder / "tensorboard").iterdir())
 
 
 # Before the first save, right after a save, between saves with lines logged since, and twice.
 @pytest.mark.parametrize("kills", [(2,), (4,), (10,), (6, 11)], ids=str)
-def test_a_killed_training_ends_with_the_same_weights_and_metrics(run, tmp_path, kills):
-    straight = run("straight")
+def test_a_killed_training_ends_with_the_same_weights_and_metrics(run, straight, tmp_path, kills):
+    wanted, folder = straight
     for kill in kills:
         # A run counts its batches from where it starts: the last save before the kill before.
         saved = max((k // CONFIG.checkpoint_every * CONFIG.checkpoint_every for k in kills if k < kill), default=0)
         with pytest.raises(Killed):
-            run("killed", killed_at=kill - saved)
-    resumed = run("killed")
-    assert model_hash(resumed) == model_hash(straight)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+            run(tmp_path, killed_at=kill - saved)
+    assert model_hash(run(tmp_path)) == wanted
+    assert metrics(tmp_path) == metrics(folder)
 
 
-def test_a_resumed_training_does_not_start_over(run):
+def test_a_resumed_training_does_not_start_over(run, tmp_path):
     with pytest.raises(Killed):
-        run("killed", killed_at=10)
+        run(tmp_path, killed_at=10)
     # Steps 9 to 14 are left: six batches, so that a kill at the seventh never comes, and one at the sixth does.
     with pytest.raises(Killed):
-        run("killed", killed_at=5)
-    run("killed", killed_at=6)
+        run(tmp_path, killed_at=5)
+    run(tmp_path, killed_at=6)
 
 
-def test_a_line_that_the_kill_cut_short_is_forgotten(run, tmp_path):
-    straight = run("straight")
+def test_a_line_that_the_kill_cut_short_is_forgotten(run, straight, tmp_path):
+    wanted, folder = straight
     with pytest.raises(Killed):
-        run("killed", killed_at=10)
-    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        run(tmp_path, killed_at=10)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')
-    assert model_hash(run("killed")) == model_hash(straight)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+    assert model_hash(run(tmp_path)) == wanted
+    assert metrics(tmp_path) == metrics(folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,13 +141,13 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(run, tmp
     poisoned = next(step for step in range(1, 11) if (next(batches).tokens_BT == 39).any())
     assert poisoned > CONFIG.checkpoint_every  # so that there is a saved state to keep
     with pytest.raises(Diverged, match=rf"^loss is nan at step {poisoned} \(this run started at step 0\)"):
-        run("diverged", rows=rows, objective=NanAbove(sft=SFT))
+        run(tmp_path / "diverged", rows=rows, objective=NanAbove(sft=SFT))
 
     # What is saved is sound: a training that does not stumble over the row goes on from there.
     saved = (poisoned - 1) // CONFIG.checkpoint_every * CONFIG.checkpoint_every
     assert [p.name for p in (tmp_path / "diverged" / "train_state").iterdir() if p.name.isdigit()] == [str(saved)]
     assert max(line["step"] for line in metrics(tmp_path / "diverged")) < poisoned
-    assert model_hash(run("diverged", rows=rows)) == model_hash(run("straight", rows=rows))
+    assert model_hash(run(tmp_path / "diverged", rows=rows)) == model_hash(run(tmp_path / "straight", rows=rows))
 
 
 def test_a_step_that_is_no_number_is_never_saved(run, tmp_path):
@@ -149,20 +155,20 @@ def test_a_step_that_is_no_number_is_never_saved(run, tmp_path):
     rows = [Row((39, 39), 1)] * 8
     every_step = dataclasses.replace(CONFIG, log_every=14, checkpoint_every=1)
     with pytest.raises(Diverged, match="at step 1 "):
-        run("diverged", rows=rows, objective=NanAbove(sft=SFT), config=every_step)
+        run(tmp_path / "diverged", rows=rows, objective=NanAbove(sft=SFT), config=every_step)
     assert not [p for p in (tmp_path / "diverged" / "train_state").iterdir() if p.name.isdigit()]
 
 
-def test_8_devices_train_as_one_does(run, tiny_llama):
+def test_8_devices_train_as_one_does(run, tiny_llama, tmp_path):
     # Dropout draws other numbers where arrays are split otherwise, so it is off.
     plain = SftObjective(dropout=0.0, logprob_chunk=8)
     gentle = dataclasses.replace(OPTIMIZER, eps=1e-2, learning_rate=1e-2)
     config = dataclasses.replace(CONFIG, steps=4, batch_size=8, optimizer=gentle)
-    wanted = run("one", objective=plain, config=config)
+    wanted = run(tmp_path / "one", objective=plain, config=config)
     mesh = train_mesh(MeshShape(data=1, fsdp=-1, tensor=2))
     assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
     model = jax.device_put(tiny_llama, rules.model_shardings(mesh, rules.TRAIN, tiny_llama))
-    found = run("eight", model=model, mesh=mesh, objective=plain, config=config)
+    found = run(tmp_path / "eight", model=model, mesh=mesh, objective=plain, config=config)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 

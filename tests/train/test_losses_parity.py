@@ -121,10 +121,12 @@ def test_a_whole_training_loss_and_its_gradient(tiny_llama, as_transformers, tmp
     reference = jax.tree.map(lambda x: x + 0.05 * jnp.sin(100 * x), tiny_llama)
     # A tokenizer whose words are the ids, and the answers as text, to which TRL adds the end token.
     text = lambda ids: "".join(f"{i} " for i in ids)
-    data = datasets.Dataset.from_list([
-        {"prompt": text(c[:n]), "chosen": text(c[n:-1]), "rejected": text(r[n:-1])}
-        for (c, n), (r, _) in zip(CHOSEN, REJECTED, strict=True)
-    ])
+    data = datasets.Dataset.from_list(
+        [
+            {"prompt": text(c[:n]), "chosen": text(c[n:-1]), "rejected": text(r[n:-1])}
+            for (c, n), (r, _) in zip(CHOSEN, REJECTED, strict=True)
+        ]
+    )
     names = {"<pad>": 0, "</s>": 2} | {str(i): i for i in range(40) if i not in (0, 2)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, "<pad>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -1,0 +1,176 @@
+"""New prompts, and answers to prompts (paper section 2.2)."""
+
+import collections
+import random
+from collections.abc import Callable, Sequence
+
+from etils import epath
+
+from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import rules
+from srlm_jax.pipeline.ledger import EmptyStage, Outcome
+from srlm_jax.pipeline.run import Run, progress
+from srlm_jax.pipeline.settings import BadConfig
+from srlm_jax.records import (
+    Example,
+    Prompt,
+    Request,
+    Responses,
+    SamplingParams,
+)
+from srlm_jax.storage import jsonl
+from srlm_jax.text import self_instruct
+from srlm_jax.text.self_instruct import Candidate, NoveltyPool, Rejection
+
+
+def _generator(run: Run, current: str) -> tuple[Llama, tuple[str, ...]]:
+    """The model that writes new prompts, and the stage it comes from."""
+    wanted = run.settings.self_instruction.generator
+    if wanted == "current":
+        wanted = current
+    if (run.workdir / wanted / "checkpoint").exists():
+        return run.load_to_sample(wanted), (f"{wanted}/train",)
+    if epath.Path(wanted).exists():
+        return run.load(epath.Path(wanted), run.sample_mesh, rules.SAMPLE), ()
+    raise BadConfig(
+        f"config.self_instruction.generator is {wanted!r}: neither 'current', nor a model of {run.workdir}, nor the "
+        "folder of a checkpoint"
+    )
+
+
+def create_prompts(run: Run, name: str, start: str) -> None:
+    """Self-instruction creation: 8-shot prompting, then Self-Instruct's filters (section 2.2)."""
+    s = run.settings.self_instruction
+    stage = f"{name}/prompts"
+
+    def work() -> Outcome:
+        model, _ = _generator(run, start)
+        generate = run.generate(model, stage)
+        seeds = [
+            example.prompt
+            for example in jsonl.read(run.workdir / "seed" / "ift.jsonl", Example)
+            if _prompt_tokens(run, example.prompt) <= run.settings.max_prompt_tokens
+        ]
+        folder = run.workdir / name / "candidates"
+        pool, accepted, counts = NoveltyPool(seeds, s.filters.max_rouge_l), [], collections.Counter()
+        done = jsonl.shards_done(folder) if folder.exists() else frozenset()
+        with progress(f"{name}: new prompts", s.prompts, "prompt") as report:
+            for index in range(-(-s.max_candidates // s.batch)):
+                path = jsonl.shard(folder, index)
+                if index in done:
+                    candidates = jsonl.read(path, Candidate)
+                    for candidate in candidates:
+                        if candidate.rejection is None:
+                            pool.admit(candidate.text)
+                    tokens = 0
+                else:
+                    candidates, tokens = _draw_candidates(run, generate, stage, index, seeds, accepted, pool)
+                    jsonl.write(path, candidates)
+                new = [candidate for candidate in candidates if candidate.rejection is None]
+                accepted += [candidate.text for candidate in new]
+                counts.update(str(c.rejection) for c in candidates if c.rejection is not None)
+                report(min(len(new), s.prompts - len(accepted) + len(new)), tokens)
+                if len(accepted) >= s.prompts:
+                    break
+        if not accepted:
+            raise EmptyStage(
+                f"{stage}: none of {sum(counts.values())} completions gave a new instruction ({dict(counts)}); look at "
+                f"{folder}, then at config.self_instruction.filters"
+            )
+        accepted = accepted[: s.prompts]
+        prompts = [Prompt(id=f"{name}-{i:05}", text=text, origin="self-instruct") for i, text in enumerate(accepted)]
+        jsonl.write(jsonl.shard(run.workdir / name / "prompts", 0), prompts)
+        return Outcome({"kept": len(prompts)} | {str(r): counts[str(r)] for r in Rejection if counts[str(r)]}, None)
+
+    wanted = s.generator
+    inputs = (f"{start if wanted == 'current' else wanted}/train",)
+    if run.ledger.entry(inputs[0]) is None:
+        inputs = (f"{start}/train",)  # a checkpoint from elsewhere: the order of the run is kept all the same
+    run.ledger.run(
+        stage,
+        work,
+        config=run.config("self_instruction", "max_prompt_tokens", "engine"),
+        inputs=("seed", *inputs),
+        outputs=(f"{name}/prompts", f"{name}/candidates"),
+    )
+
+
+def _prompt_tokens(run: Run, text: str) -> int:
+    return len(run.tokenizer.encode(text))
+
+
+def _draw_candidates(
+    run: Run,
+    generate,
+    stage: str,
+    index: int,
+    seeds: Sequence[str],
+    accepted: Sequence[str],
+    pool: NoveltyPool,
+) -> tuple[list[Candidate], int]:
+    """One batch of completions and what the filters make of them, and how many tokens were sampled."""
+    s = run.settings.self_instruction
+    requests = []
+    for i in range(s.batch):
+        identity = f"{stage}/{index}/{i}"
+        shown = self_instruct.choose_demonstrations(
+            random.Random(f"{run.settings.seed}/{identity}"),
+            seeds,
+            accepted,
+            from_seeds=s.from_seeds,
+            from_generated=s.from_generated,
+        )
+        requests.append(Request(id=identity, prompts=(self_instruct.creation_prompt(shown),), chat=False))
+    drawn = generate(requests, s.sampling, lambda finished, tokens: None)
+    candidates, tokens = [], 0
+    for request, ((completion,),) in zip(requests, drawn, strict=True):
+        tokens += completion.tokens
+        task = self_instruct.first_task(completion)
+        if isinstance(task, Rejection):
+            rejection, text = task, completion.text
+        else:
+            rejection, text = self_instruct.check(task, s.filters), task
+            if rejection is None and _prompt_tokens(run, task) > run.settings.max_prompt_tokens:
+                rejection = Rejection.TOO_MANY_TOKENS
+            if rejection is None:
+                rejection = pool.admit(task)
+        candidates.append(Candidate(id=request.id, text=text, rejection=rejection))
+    return candidates, tokens
+
+
+def draw_answers(
+    run: Run, model_name: str, stage: str, prompts: Sequence[Prompt], params: SamplingParams, title: str
+) -> list[Responses]:
+    generate = run.generate(run.load_to_sample(model_name), stage)
+
+    def work(part: Sequence[Prompt], report: Callable[[int, int], None]) -> list[Responses]:
+        requests = [Request(id=prompt.id, prompts=(prompt.text,), chat=True) for prompt in part]
+        drawn = generate(requests, params, report)
+        return [
+            Responses(id=prompt.id, prompt=prompt.text, completions=completions)
+            for prompt, (completions,) in zip(part, drawn, strict=True)
+        ]
+
+    return run.in_shards(
+        run.workdir / stage, prompts, Responses, work, title=title, completions=lambda prompt: params.samples
+    )
+
+
+def respond(run: Run, name: str, start: str) -> None:
+    """N candidate answers to each new prompt (section 2.2)."""
+    stage = f"{name}/responses"
+
+    def work() -> Outcome:
+        prompts = jsonl.read(run.workdir / name / "prompts", Prompt)
+        answers = draw_answers(run, start, stage, prompts, run.settings.responses, f"{name}: responses")
+        completions = [completion for answer in answers for completion in answer.completions]
+        cut = sum(not completion.finished for completion in completions)
+        return Outcome({"responses": len(completions), "cut": cut}, None)
+
+    run.ledger.run(
+        stage,
+        work,
+        config=run.config("responses", "shard_prompts", "engine"),
+        inputs=(f"{name}/prompts", f"{start}/train"),
+        outputs=(stage,),
+    )

@@ -1,0 +1,138 @@
+"""The stages that judge: the EFT examples from the baseline's judgements, the preference pairs from the model's own."""
+
+import collections
+from collections.abc import Sequence
+
+from srlm_jax.data import eft, pairs
+from srlm_jax.judge.score import judge
+from srlm_jax.pipeline.ledger import EmptyStage, Outcome
+from srlm_jax.pipeline.run import Run
+from srlm_jax.records import (
+    Completion,
+    JudgedPrompt,
+    NoVote,
+    PairDrop,
+    PreferencePair,
+    RankedPrompt,
+    Responses,
+)
+from srlm_jax.storage import jsonl
+
+
+def as_responses(prompt: RankedPrompt) -> Responses:
+    completions = tuple(Completion(text=text, tokens=0, finished=True) for text in prompt.responses)
+    return Responses(id=prompt.id, prompt=prompt.prompt, completions=completions)
+
+
+def judge_all(run: Run, judge_name: str, stage: str, answers: Sequence[Responses], title: str) -> list[JudgedPrompt]:
+    generate = run.generate(run.load_to_sample(judge_name), stage)
+    votes = run.settings.judging.samples
+    return run.in_shards(
+        run.workdir / stage,
+        answers,
+        JudgedPrompt,
+        lambda part, report: judge(generate, run.rubric, part, run.settings.judging, report),
+        title=title,
+        completions=lambda answer: votes * len(answer.completions),
+    )
+
+
+def vote_counts(judged: Sequence[JudgedPrompt]) -> dict[str, int]:
+    """How many judgements there are, and how many carry no vote, by reason."""
+    votes = [vote for prompt in judged for response in prompt.responses for vote in response.votes]
+    counts = collections.Counter(str(vote.no_vote) for vote in votes if vote.no_vote is not None)
+    return {"votes": len(votes)} | {str(reason): counts[str(reason)] for reason in NoVote}
+
+
+def _refuse_if_unscored(stage: str, judge_name: str, counts: dict[str, int]) -> None:
+    if counts["votes"] == sum(counts[str(reason)] for reason in NoVote):
+        raise EmptyStage(
+            f"{stage}: none of {counts['votes']} judgements by {judge_name} holds a score (100 % without a vote: "
+            f"{ {str(reason): counts[str(reason)] for reason in NoVote} }). This model cannot judge with this rubric: "
+            "look at the texts in the folder of the stage; give the model judging data, or raise "
+            "config.judging.max_new_tokens where they are unfinished"
+        )
+
+
+def judge_ranked(run: Run) -> None:
+    """The SFT baseline judges the ranked EFT answers (section 3.1.1)."""
+
+    def work() -> Outcome:
+        ranked = jsonl.read(run.workdir / "seed" / "eft_train.jsonl", RankedPrompt)
+        judged = judge_all(run, "sft", "eft/judgements", [as_responses(p) for p in ranked], "eft: judging")
+        counts = vote_counts(judged)
+        _refuse_if_unscored("eft/judgements", "the SFT baseline", counts)
+        return Outcome(counts, None)
+
+    run.ledger.run(
+        "eft/judgements",
+        work,
+        config=run.config("judging", "shard_prompts", "engine"),
+        inputs=("seed", "sft/train"),
+        outputs=("eft/judgements",),
+    )
+
+
+def make_eft(run: Run) -> None:
+    """Judgements that agree with the humans -> EFT training examples (section 3.1.1)."""
+
+    def work() -> Outcome:
+        made = eft.eft_examples(
+            jsonl.read(run.workdir / "seed" / "eft_train.jsonl", RankedPrompt),
+            jsonl.read(run.workdir / "eft" / "judgements", JudgedPrompt),
+            run.rubric,
+            run.settings.eft,
+            run.settings.seed,
+        )
+        if not made.examples:
+            raise EmptyStage(
+                f"eft/examples: no judgement of the SFT baseline agrees with the human ranking ({made.counts}); "
+                "raise config.eft.max_tied_pairs or config.eft.most_common_share, or train the baseline for longer"
+            )
+        jsonl.write(jsonl.shard(run.workdir / "eft" / "examples", 0), made.examples)
+        return Outcome(made.counts, None)
+
+    run.ledger.run(
+        "eft/examples", work, config=run.config("eft"), inputs=("seed", "eft/judgements"), outputs=("eft/examples",)
+    )
+
+
+def judge_responses(run: Run, name: str, start: str) -> None:
+    """The model judges its own answers (section 2.2)."""
+    stage = f"{name}/judgements"
+
+    def work() -> Outcome:
+        answers = jsonl.read(run.workdir / name / "responses", Responses)
+        counts = vote_counts(judge_all(run, start, stage, answers, f"{name}: judging"))
+        _refuse_if_unscored(stage, start, counts)
+        return Outcome(counts, None)
+
+    run.ledger.run(
+        stage,
+        work,
+        config=run.config("judging", "shard_prompts", "engine"),
+        inputs=(f"{name}/responses", f"{start}/train"),
+        outputs=(stage,),
+    )
+
+
+def make_pairs(run: Run, name: str) -> None:
+    """Highest mean score against lowest (section 2.2)."""
+
+    def work() -> Outcome:
+        made = [pairs.preference_pair(judged) for judged in jsonl.read(run.workdir / name / "judgements", JudgedPrompt)]
+        kept = [pair for pair in made if isinstance(pair, PreferencePair)]
+        drops = collections.Counter(str(drop) for drop in made if isinstance(drop, PairDrop))
+        counts = {"kept": len(kept)} | {str(reason): drops[str(reason)] for reason in PairDrop}
+        if not kept:
+            raise EmptyStage(
+                f"{name}/pairs: no prompt gives a preference pair ({counts}); a judge that always says the same "
+                "cannot teach: look at the score histogram in report.html, raise config.judging.samples or "
+                "config.responses.temperature"
+            )
+        jsonl.write(jsonl.shard(run.workdir / name / "pairs", 0), kept)
+        return Outcome(counts, None)
+
+    run.ledger.run(
+        f"{name}/pairs", work, config=run.config(), inputs=(f"{name}/judgements",), outputs=(f"{name}/pairs",)
+    )

@@ -1,0 +1,188 @@
+"""The stages that train, M0 by pretraining, the baseline and M1 by SFT, M2 and M3 by DPO; and the reference
+log-probabilities that DPO needs."""
+
+import shutil
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srlm_jax.data import batches
+from srlm_jax.data.batches import PairRow, Row
+from srlm_jax.model import llama
+from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import rules
+from srlm_jax.pipeline.generate import stage_key, words_32
+from srlm_jax.pipeline.ledger import EmptyStage, Outcome
+from srlm_jax.pipeline.run import Run
+from srlm_jax.records import (
+    Document,
+    Example,
+    PreferencePair,
+    ReferencePair,
+)
+from srlm_jax.storage import checkpoint, jsonl
+from srlm_jax.text import chat
+from srlm_jax.train.loop import train
+from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective, response_logprobs
+
+
+def _train_stage(
+    run: Run,
+    name: str,
+    make: Callable[[], tuple[Llama, Objective, object, dict[str, int]]],
+    *,
+    part: str,
+    inputs: Sequence[str],
+) -> None:
+    """Trains the model `name` as `make` prepares it (model, objective, batches, counts) and saves it."""
+    folder = run.workdir / name
+
+    def work() -> Outcome:
+        model, objective, dataset, counts = make()
+        model = train(
+            model,
+            objective,
+            dataset,
+            config=getattr(run.settings, part).train,
+            mesh=run.train_mesh,
+            seed=words_32(f"{run.settings.seed}/{name}", 1)[0],
+            folder=folder,
+            title=f"{name}: training",
+        )
+        identity = checkpoint.save_model(
+            folder / "checkpoint", model, {"config": checkpoint.config_facts(run.settings.model)}
+        )
+        return Outcome(counts, identity)
+
+    outputs = [f"{name}/{output}" for output in ("checkpoint", "train_state", "metrics.jsonl", "tensorboard")]
+    config = run.config(part, "model", "logprob_chunk", "length_multiple", "context_length")
+    run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
+    # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
+    if jax.process_index() == 0:
+        shutil.rmtree(folder / "train_state", ignore_errors=True)
+
+
+def pretrain(run: Run) -> None:
+    """M0: a base model, from the world's corpus."""
+    s = run.settings.pretraining
+
+    def make():
+        corpus = jsonl.read(run.workdir / "world" / "corpus.jsonl", Document)
+        rows = [Row(tuple(chat.encode_document(run.tokenizer, document.text)), 1) for document in corpus]
+        shapes = llama.abstract(run.settings.model)
+        places = rules.model_shardings(run.train_mesh, rules.TRAIN, shapes)
+        init = jax.jit(lambda key: llama.init(run.settings.model, key), out_shardings=places)
+        dataset = batches.packed_batches(rows, s.sequence_length, s.train.batch_size, run.settings.seed)
+        objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
+        return init(stage_key(run.settings.seed, "m0/init")), objective, dataset, {"documents": len(rows)}
+
+    _train_stage(run, "m0", make, part="pretraining", inputs=("world",))
+
+
+def fine_tune(run: Run, name: str, files: Sequence[str], inputs: Sequence[str]) -> None:
+    """SFT from M0 on the examples of `files`: the loss on the answer's tokens and the end token (section 2.4)."""
+    s = run.settings.sft
+
+    def make():
+        examples = [example for file in files for example in jsonl.read(run.workdir / file, Example)]
+        rows = [example_row(run, example.prompt, example.response) for example in examples]
+        fitting = [row for row in rows if row.length <= run.settings.context_length]
+        if not fitting:
+            raise EmptyStage(f"{name}: none of {len(rows)} examples fits config.context_length; raise it")
+        length = batches.padded_length([row.length for row in fitting], run.settings.length_multiple)
+        dataset = batches.padded_batches(fitting, length, s.train.batch_size, run.settings.seed)
+        objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
+        counts = {"examples": len(fitting), "too_many_tokens": len(rows) - len(fitting)}
+        return run.load_to_train("m0"), objective, dataset, counts
+
+    _train_stage(run, name, make, part="sft", inputs=inputs)
+
+
+def example_row(run: Run, prompt: str, response: str) -> Row:
+    """Prompt and answer as token ids, the loss on the answer."""
+    opening = chat.encode_prompt(run.tokenizer, run.chat, prompt)
+    return Row((*opening, *chat.encode_response(run.tokenizer, response)), len(opening))
+
+
+_response_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))
+
+
+def reference_logprobs(run: Run, name: str, start: str) -> None:
+    """What the model that the round starts from gives each answer of each pair, once (section 2.4)."""
+    s = run.settings
+
+    def logprobs(model: Llama, rows: Sequence[Row], length: int) -> np.ndarray:
+        """In batches of one size; the last is filled up with copies of its first row."""
+        sharding = rules.sharding(run.train_mesh, rules.TRAIN, ("batch",))
+        found = []
+        for first in range(0, len(rows), s.reference_batch):
+            part = list(rows[first : first + s.reference_batch])
+            batch = batches.token_batch(part + part[:1] * (s.reference_batch - len(part)), length)
+            batch = jax.device_put(jax.tree.map(jnp.asarray, batch), sharding)
+            found.append(np.asarray(_response_logprobs(model, batch, s.logprob_chunk, None))[: len(part)])
+        return np.concatenate(found)
+
+    def work() -> Outcome:
+        model = run.load_to_train(start)
+        known = jsonl.read(run.workdir / name / "pairs", PreferencePair)
+        rows = [example_row(run, pair.prompt, text) for pair in known for text in (pair.chosen, pair.rejected)]
+        length = batches.padded_length([row.length for row in rows], s.length_multiple)
+
+        def part_work(part: Sequence[PreferencePair], report: Callable[[int, int], None]) -> list[ReferencePair]:
+            rows = [example_row(run, pair.prompt, text) for pair in part for text in (pair.chosen, pair.rejected)]
+            found = logprobs(model, rows, length).reshape(-1, 2)
+            report(2 * len(part), sum(row.length for row in rows))
+            return [
+                ReferencePair(
+                    id=pair.id,
+                    prompt=pair.prompt,
+                    chosen=pair.chosen,
+                    rejected=pair.rejected,
+                    chosen_logprob=float(chosen),
+                    rejected_logprob=float(rejected),
+                )
+                for pair, (chosen, rejected) in zip(part, found, strict=True)
+            ]
+
+        run.in_shards(
+            run.workdir / name / "reference",
+            known,
+            ReferencePair,
+            part_work,
+            title=f"{name}: reference",
+            completions=lambda pair: 2,
+        )
+        return Outcome({"pairs": len(known)}, None)
+
+    run.ledger.run(
+        f"{name}/reference",
+        work,
+        config=run.config("model", "logprob_chunk", "length_multiple", "reference_batch", "shard_prompts"),
+        inputs=(f"{name}/pairs", f"{start}/train"),
+        outputs=(f"{name}/reference",),
+    )
+
+
+def train_on_preferences(run: Run, name: str, start: str) -> None:
+    """DPO from the model `start`, against its stored log-probabilities (section 2.4)."""
+    s = run.settings.dpo
+
+    def make():
+        rows = [
+            PairRow(
+                example_row(run, pair.prompt, pair.chosen),
+                example_row(run, pair.prompt, pair.rejected),
+                pair.chosen_logprob,
+                pair.rejected_logprob,
+            )
+            for pair in jsonl.read(run.workdir / name / "reference", ReferencePair)
+        ]
+        lengths = [row.length for pair in rows for row in (pair.chosen, pair.rejected)]
+        length = batches.padded_length(lengths, run.settings.length_multiple)
+        dataset = batches.pair_batches(rows, length, s.train.batch_size, run.settings.seed)
+        objective = DpoObjective(beta=s.beta, dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
+        return run.load_to_train(start), objective, dataset, {"pairs": len(rows)}
+
+    _train_stage(run, name, make, part="dpo", inputs=(f"{name}/reference", f"{start}/train"))
