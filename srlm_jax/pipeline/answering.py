@@ -13,6 +13,7 @@ from srlm_jax.pipeline.run import Run, progress
 from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import (
     Example,
+    Generate,
     Prompt,
     Request,
     Responses,
@@ -101,7 +102,7 @@ def _prompt_tokens(run: Run, text: str) -> int:
 
 def _draw_candidates(
     run: Run,
-    generate,
+    generate: Generate,
     stage: str,
     index: int,
     seeds: Sequence[str],
@@ -141,6 +142,7 @@ def _draw_candidates(
 def draw_answers(
     run: Run, model_name: str, stage: str, prompts: Sequence[Prompt], params: SamplingParams, title: str
 ) -> list[Responses]:
+    """Answers of a model to each prompt, as shards in the folder of `stage`; see `Run.in_shards`."""
     generate = run.generate(run.load_to_sample(model_name), stage)
 
     def work(part: Sequence[Prompt], report: Callable[[int, int], None]) -> list[Responses]:

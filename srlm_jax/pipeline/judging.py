@@ -20,11 +20,13 @@ from srlm_jax.storage import jsonl
 
 
 def as_responses(prompt: RankedPrompt) -> Responses:
+    """Ranked answers in the form in which a judge takes them; their lengths in tokens are not known."""
     completions = tuple(Completion(text=text, tokens=0, finished=True) for text in prompt.responses)
     return Responses(id=prompt.id, prompt=prompt.prompt, completions=completions)
 
 
 def judge_all(run: Run, judge_name: str, stage: str, answers: Sequence[Responses], title: str) -> list[JudgedPrompt]:
+    """The judgements of all answers by one model, as shards in the folder of `stage`; see `Run.in_shards`."""
     generate = run.generate(run.load_to_sample(judge_name), stage)
     votes = run.settings.judging.samples
     return run.in_shards(
