@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from srlm_jax.model import ops
-from srlm_jax.model.cache import Cache, Level
+from srlm_jax.model.cache import Cache
 from srlm_jax.model.config import LlamaConfig
 
 
@@ -168,6 +168,3 @@ def init(config: LlamaConfig, key: PRNGKeyArray) -> Llama:
 def abstract(config: LlamaConfig) -> Llama:
     """The model with shapes and dtypes in place of arrays."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
-
-
-__all__ = ["Cache", "Level", "Llama", "abstract", "causal_mask", "init", "project"]

@@ -24,15 +24,15 @@ from srlm_jax.text import self_instruct
 from srlm_jax.text.self_instruct import Candidate, NoveltyPool, Rejection
 
 
-def _generator(run: Run, current: str) -> tuple[Llama, tuple[str, ...]]:
-    """The model that writes new prompts, and the stage it comes from."""
+def _generator(run: Run, current: str) -> Llama:
+    """The model that writes new prompts."""
     wanted = run.settings.self_instruction.generator
     if wanted == "current":
         wanted = current
     if (run.workdir / wanted / "checkpoint").exists():
-        return run.load_to_sample(wanted), (f"{wanted}/train",)
+        return run.load_to_sample(wanted)
     if epath.Path(wanted).exists():
-        return run.load(epath.Path(wanted), run.sample_mesh, rules.SAMPLE), ()
+        return run.load(epath.Path(wanted), run.sample_mesh, rules.SAMPLE)
     raise BadConfig(
         f"config.self_instruction.generator is {wanted!r}: neither 'current', nor a model of {run.workdir}, nor the "
         "folder of a checkpoint"
@@ -45,7 +45,7 @@ def create_prompts(run: Run, name: str, start: str) -> None:
     stage = f"{name}/prompts"
 
     def work() -> Outcome:
-        model, _ = _generator(run, start)
+        model = _generator(run, start)
         generate = run.generate(model, stage)
         seeds = [
             example.prompt
