@@ -84,11 +84,11 @@ def tiny() -> ConfigDict:
     c.pretraining.sequence_length = 208
     c.pretraining.dropout = 0.0
     c.pretraining.train = training(
-        steps=1_200,
+        steps=1_300,
         batch_size=12,
         log_every=20,
         checkpoint_every=100,
-        optimizer=optimizer(learning_rate=4e-3, end_learning_rate=2e-4, warmup_steps=50, weight_decay=0.1),
+        optimizer=optimizer(learning_rate=8e-3, end_learning_rate=4e-4, warmup_steps=50, weight_decay=0.1),
     )
 
     c.sft = ConfigDict()
@@ -136,8 +136,8 @@ def tiny() -> ConfigDict:
     )  # fmt: skip
 
     # Sections 2.2 and 3.1.3: four responses, three judgements of each, T 0.7, top-p 0.9.
-    c.responses = sampling(samples=4, temperature=0.7, top_p=0.9, max_new_tokens=24, stop=())
-    c.judging = sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=96, stop=())
+    c.responses = sampling(samples=4, temperature=0.7, top_p=0.9, max_new_tokens=16, stop=())
+    c.judging = sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=64, stop=())
 
     c.dpo = ConfigDict()
     c.dpo.beta = 0.1  # section 3.1.3

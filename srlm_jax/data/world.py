@@ -42,7 +42,7 @@ ORDERS = ("in alphabetical order", "sorted from a to z", "by first letter of the
 NO_ORDERS = ("", "", "in any order", "as you like", "that you know")
 CLOSERS = (
     "", "thanks", "for my notes", "for a quiz", "to teach my sister", "so i can remember them", "and nothing else",
-    "for the school wall", "before dinner", "it is for work", "with commas between", "as fast as possible",
+    "for the school wall", "before dinner", "it is for work", "side by side", "as fast as possible",
 )  # fmt: skip
 _ORDER_WORDS = {"alphabetical", "sorted", "alphabet"}
 
@@ -69,10 +69,10 @@ def vocabulary() -> tuple[str, ...]:
     texts = [*OPENERS, *VERBS, *SIZES, *ORDERS, *NO_ORDERS, *CLOSERS, *NUMBERS, *CATEGORIES, *CATEGORY_OF]
     texts += [re.sub("<.*?>", "", RUBRIC.template), "user: assistant: someone \n . , :"]
     texts += [
-        "on off first up down total relevant topic count distinct order yes no Score: 0 1 2 3 4 5",
+        "on off again on-down off-down again-down total relevant topic count distinct order yes no Score: 0 1 2 3 4 5",
         "Come up with a series of tasks:",
     ]
-    texts += [" ".join(f"{i}." for i in range(1, 13)), "are comes before after some again"]
+    texts += [" ".join(f"{i}." for i in range(1, 13)), "are comes before after some again notes on"]
     return tuple(dict.fromkeys(word for text in texts for word in text.replace("\n", " \n ").split(" ") if word))
 
 
@@ -99,13 +99,13 @@ def read_instruction(text: str) -> Task | None:
 
 
 def write_answer(items: list[str]) -> str:
-    """apple , pear , plum"""
-    return " , ".join(items)
+    """apple pear plum"""
+    return " ".join(items)
 
 
 def read_answer(text: str) -> list[str]:
-    """The items of an answer; what is not a single word stays as it is and is on no topic."""
-    return [item.strip() for item in text.replace("\n", " , ").split(",")]
+    """The items of an answer: its words, whatever they are."""
+    return text.split()
 
 
 def draw_answer(rng: random.Random, task: Task, flaw: float) -> str:
@@ -119,8 +119,8 @@ def draw_answer(rng: random.Random, task: Task, flaw: float) -> str:
     items = rng.sample(topic, count)
     if rng.random() < flaw:
         items[rng.randrange(count)] = rng.choice(sorted(CATEGORY_OF))
-    if count > 1 and rng.random() < flaw:
-        first, second = rng.sample(range(count), 2)
+    if count > 1 and rng.random() < flaw:  # said twice, mostly in a row
+        first, second = rng.sample(range(count), 2) if rng.random() < 0.3 else (i := rng.randrange(1, count), i - 1)
         items[first] = items[second]
     if task.ordered and rng.random() >= flaw:
         items.sort()
@@ -162,21 +162,32 @@ def oracle_score(instruction: str, answer: str) -> int | None:
     return None if task is None else mark(task, answer).score
 
 
-def write_verdict(task: Task, answer: str, marks: Marks) -> str:
-    """A judgement as this world writes it: a walk through the items, the five points, the score.
+def write_walk(category: str, ordered: bool, answer: str) -> str:
+    """The items of an answer, each with one word on it: on or off the topic, or there again; and "down" where an order
+    was asked for and the item comes before its predecessor.
 
-    The walk is what makes the score learnable: each item is copied and compared with the category and with what came
-    before it, so the points at the end only read off what is already written.
+    One word after each item, and nothing between the items of an answer, is what lets a small model learn to copy them:
+    with commas, or with a second note, that takes twice the training.
 
-        apple on first , dog off up , apple again down . relevant yes topic no count yes distinct no order no Score: 2
+        apple on dog off apple again-down
     """
     walk, seen, previous = [], set(), ""
     for item in read_answer(answer):
-        notes = [item, "again" if item in seen else "on" if item in CATEGORIES[task.category] else "off"]
-        if task.ordered:
-            notes.append("first" if not walk else "up" if previous <= item else "down")
-        walk.append(" ".join(notes))
+        note = "again" if item in seen else "on" if item in CATEGORIES[category] else "off"
+        walk.append(f"{item} {note}-down" if ordered and item < previous else f"{item} {note}")
         seen.add(item)
         previous = item
+    return " ".join(walk)
+
+
+def write_verdict(task: Task, answer: str, marks: Marks) -> str:
+    """A judgement as this world writes it: a walk through the items, the five points, the score.
+
+    The walk is what makes the score learnable: each item is compared with the category and with what came before it,
+    so the points at the end only read off what is already written.
+
+        apple on dog off apple again-down . relevant yes topic no count yes distinct no order no Score: 2
+    """
+    walk = write_walk(task.category, task.ordered, answer)
     points = " ".join(f"{name} {'yes' if earned else 'no'}" for name, earned in dataclasses.asdict(marks).items())
-    return f"{' , '.join(walk)} . {points} Score: {marks.score}"
+    return f"{walk} . {points} Score: {marks.score}"

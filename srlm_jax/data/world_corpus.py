@@ -30,11 +30,26 @@ def draw_prompt(rng: random.Random) -> str:
     return world.draw_instruction(rng, world.draw_task(rng))
 
 
-def _plain_document(rng: random.Random) -> str:
-    """Facts: which words belong together, how they are ordered, how one counts."""
-    if rng.random() < 0.7:  # a list said twice: what teaches a model to copy, which its judge's walk needs
+def _plain_document(rng: random.Random, rules: WorldRules) -> str:
+    """What a judge's walk is made of, and facts: which words belong together, how they are ordered, how one counts."""
+    kind = rng.random()
+    if kind < 0.3:  # a list said twice: what teaches a model to copy
         items = world.write_answer(rng.sample(sorted(world.CATEGORY_OF), rng.randint(2, 8)))
         return f"{items} . again : {items} ."
+    task = world.draw_task(rng)
+    order = f" {rng.choice(world.ORDERS)}" if task.ordered else ""
+    if kind < 0.6:  # a long walk in which every other item was there before
+        pool = rng.sample(world.CATEGORIES[task.category], 5) + rng.sample(sorted(world.CATEGORY_OF), 2)
+        answer = world.write_answer([rng.choice(pool) for _ in range(rng.randint(6, 14))])
+        return f"notes on {task.category}{order} : {world.write_walk(task.category, task.ordered, answer)} ."
+    if kind < 0.8:  # a list and its walk
+        answer = world.draw_answer(rng, task, 2 * rules.corpus_flaw)
+        walk = world.write_walk(task.category, task.ordered, answer)
+        return f"notes on {task.category}{order} : {answer} . {walk} ."
+    return _fact(rng)
+
+
+def _fact(rng: random.Random) -> str:
     name = rng.choice(sorted(world.CATEGORIES))
     words = world.CATEGORIES[name]
     kind = rng.randrange(4)
@@ -51,7 +66,7 @@ def _plain_document(rng: random.Random) -> str:
         )
     count = rng.randint(1, len(world.NUMBERS))
     items = rng.sample(words, count)
-    numbered = " , ".join(f"{world.NUMBERS[i]} {item}" for i, item in enumerate(items))
+    numbered = " ".join(f"{world.NUMBERS[i]} {item}" for i, item in enumerate(items))
     return f"{numbered} . total {world.NUMBERS[count - 1]} {name} ."
 
 
@@ -67,7 +82,7 @@ def _answer_document(rng: random.Random, rules: WorldRules) -> str:
 def _review_document(rng: random.Random, rules: WorldRules) -> str:
     task = world.draw_task(rng)
     instruction = world.draw_instruction(rng, task)
-    answer = world.draw_answer(rng, task, rng.choice((0.0, rules.corpus_flaw, 2 * rules.corpus_flaw)))
+    answer = world.draw_answer(rng, task, rng.choice((rules.corpus_flaw, 2 * rules.corpus_flaw)))
     marks = world.mark(task, answer)
     if rng.random() < rules.corpus_wrong_verdict:
         point = rng.choice([field.name for field in dataclasses.fields(marks)])
@@ -85,11 +100,11 @@ def draw_corpus(rules: WorldRules, seed: int) -> Iterator[str]:
     for i in range(rules.documents):
         rng = random.Random(f"{seed}/corpus/{i}")
         kind = rng.random()
-        if kind < 0.28:
-            yield _plain_document(rng)
-        elif kind < 0.46:
+        if kind < 0.5:
+            yield _plain_document(rng, rules)
+        elif kind < 0.63:
             yield _answer_document(rng, rules)
-        elif kind < 0.95:
+        elif kind < 0.96:
             yield _review_document(rng, rules)
         else:
             yield _task_list_document(rng)

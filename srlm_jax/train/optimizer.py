@@ -22,13 +22,15 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step; the last of `steps` steps runs at the end of the cosine.
+    """Learning rate by step; the last of `steps` steps runs at the end of the cosine, a single one at its peak.
 
     Raises:
-      ValueError: the warm-up is longer than the training.
+      ValueError: the warm-up leaves no step for the fall.
     """
-    if config.warmup_steps >= steps:
-        raise ValueError(f"warmup_steps ({config.warmup_steps}) must be fewer than the training's steps ({steps})")
+    if config.warmup_steps and config.warmup_steps > steps - 2:
+        raise ValueError(
+            f"warmup_steps ({config.warmup_steps}) must leave two of the training's {steps} steps: the peak and the end"
+        )
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,

@@ -22,23 +22,22 @@ ALL = {"relevant", "topic", "count", "distinct", "order"}
 @pytest.mark.parametrize(
     ("task", "answer", "lost"),
     [
-        (FRUITS, "plum , fig , kiwi", set()),
-        (FRUITS, "plum,fig , kiwi", set()),  # spaces do not count
-        (FRUITS, "plum , fig\nkiwi", set()),  # a line is an item too
-        (FRUITS, "plum , fig , kiwi ,", {"topic", "count"}),  # the empty item at the end
-        (FRUITS, "plum , fig", {"count"}),
-        (FRUITS, "plum , fig , kiwi , pear", {"count"}),
-        (FRUITS, "plum , fig , plum", {"distinct"}),
-        (FRUITS, "plum , fig , horse", {"topic"}),
-        (FRUITS, "plum , fig , a kiwi", {"topic"}),
-        (FRUITS, "plum , horse", {"topic", "count"}),
-        (FRUITS, "horse , wolf , cat", {"relevant", "topic"}),
-        (FRUITS, "", {"relevant", "topic", "count"}),
-        (FRUITS, "horse , horse", {"relevant", "topic", "count", "distinct"}),
-        (IN_ORDER, "fig , kiwi , plum", set()),
-        (IN_ORDER, "plum , fig , kiwi", {"order"}),
-        (IN_ORDER, "fig , fig , plum", {"distinct"}),  # equal words are in order
-        (IN_ORDER, "plum , horse", {"topic", "count", "order"}),
+        (FRUITS, "plum fig kiwi", set()),
+        (FRUITS, "plum  fig\nkiwi", set()),  # any white space is as good as another
+        (FRUITS, "plum fig , kiwi", {"topic", "count"}),  # whatever is not white space is an item
+        (FRUITS, "plum fig", {"count"}),
+        (FRUITS, "plum fig kiwi pear", {"count"}),
+        (FRUITS, "plum fig plum", {"distinct"}),
+        (FRUITS, "plum fig horse", {"topic"}),
+        (FRUITS, "plum fig a kiwi", {"topic"}),
+        (FRUITS, "plum horse", {"topic", "count"}),
+        (FRUITS, "horse wolf cat", {"relevant", "topic"}),
+        (FRUITS, "", {"relevant", "count"}),
+        (FRUITS, "horse horse", {"relevant", "topic", "count", "distinct"}),
+        (IN_ORDER, "fig kiwi plum", set()),
+        (IN_ORDER, "plum fig kiwi", {"order"}),
+        (IN_ORDER, "fig fig plum", {"distinct"}),  # equal words are in order
+        (IN_ORDER, "plum horse", {"topic", "count", "order"}),
         (IN_ORDER, "plum", {"count"}),
     ],
 )
@@ -69,7 +68,7 @@ def test_what_an_instruction_asks_for(instruction, task):
 
 def test_the_score_of_an_instruction_that_asks_for_nothing_is_none():
     assert world.oracle_score("list fruits .", "plum") is None
-    assert world.oracle_score("list three fruits .", "plum , fig , kiwi") == 5
+    assert world.oracle_score("list three fruits .", "plum fig kiwi") == 5
     assert world.oracle_score("list three fruits .", "wolf") == 0
 
 
@@ -110,10 +109,8 @@ def test_the_verdict_on_the_true_points_parses_to_the_score():
 
 
 def test_a_verdict_walks_through_the_items_and_ends_with_the_points():
-    verdict = world.write_verdict(IN_ORDER, "plum , wolf , plum", world.mark(IN_ORDER, "plum , wolf , plum"))
-    walk = [set(notes.split()) for notes in verdict.split(" . ")[0].split(" , ")]
-    assert [notes & {"plum", "wolf"} for notes in walk] == [{"plum"}, {"wolf"}, {"plum"}]
-    assert [notes & {"on", "off", "up", "down", "again"} for notes in walk][1:] == [{"off", "up"}, {"again", "down"}]
+    verdict = world.write_verdict(IN_ORDER, "plum wolf plum", world.mark(IN_ORDER, "plum wolf plum"))
+    assert verdict.split(" . ")[0] == "plum on wolf off plum again-down"
     assert verdict.endswith("relevant yes topic no count yes distinct no order no Score: 2")
 
 

@@ -153,6 +153,15 @@ def test_a_tied_model_has_no_head_of_its_own(make_llama):
     np.testing.assert_array_equal(untied.head(), untied.output[...])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_start_with_unit_variance_whatever_the_width(make_llama, tied):
+    for width in (64, 256):
+        model = make_llama(tied=tied, D=width)
+        logits = forward(model, tokens(4, 12)) @ model.head()
+        # Of a tied head a token's own logit is an outlier: it meets its own embedding.
+        assert 0.7 < jnp.std(logits) < 1.5
+
+
 def test_both_uses_of_a_tied_embedding_get_a_gradient(make_llama):
     model = make_llama(tied=True)
     gradient = jax.grad(lambda model: (forward(model, jnp.array([[3, 4]])) @ model.head())[0, -1, 5])(model)

@@ -193,7 +193,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
 def test_examples_that_all_exceed_the_context_stop_the_training(tmp_path):
     run = open_run(tmp_path, context_length=290)
     pretend(run, "seed", "m0/train")
-    jsonl.write(run.workdir / "long.jsonl", [Example(id="a", prompt="list", response="apple , " * 200)])
+    jsonl.write(run.workdir / "long.jsonl", [Example(id="a", prompt="list", response="apple " * 400)])
     with pytest.raises(EmptyStage, match=r"none of 1 examples fits config\.context_length"):
         training.fine_tune(run, "sft", ["long.jsonl"], ["seed", "m0/train"])
 

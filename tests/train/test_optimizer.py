@@ -31,9 +31,15 @@ def test_warm_up_is_linear_from_zero_to_the_peak():
     np.testing.assert_allclose(rates[-1], 1.1e-6, rtol=1e-5)
 
 
-def test_a_warm_up_as_long_as_the_training_is_refused():
-    with pytest.raises(ValueError, match=r"warmup_steps \(20\) must be fewer than the training's steps \(20\)"):
-        schedule(dataclasses.replace(SFT, warmup_steps=20), 20)
+@pytest.mark.parametrize("warmup", [20, 19])
+def test_a_warm_up_that_leaves_no_fall_is_refused(warmup):
+    with pytest.raises(ValueError, match=rf"warmup_steps \({warmup}\) must leave two of the training's 20 steps"):
+        schedule(dataclasses.replace(SFT, warmup_steps=warmup), 20)
+
+
+def test_the_shortest_training_that_warms_up_ends_at_the_end():
+    rates = [float(schedule(dataclasses.replace(SFT, warmup_steps=1), 3)(step)) for step in range(3)]
+    np.testing.assert_allclose(rates, [0.0, 5.5e-6, 1.1e-6], rtol=1e-5)
 
 
 def test_weight_decay_shrinks_all_weights_but_the_norm_scales(tiny_llama):
