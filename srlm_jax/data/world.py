@@ -119,9 +119,9 @@ def draw_answer(rng: random.Random, task: Task, flaw: float) -> str:
     items = rng.sample(topic, count)
     if rng.random() < flaw:
         items[rng.randrange(count)] = rng.choice(sorted(CATEGORY_OF))
-    if count > 1 and rng.random() < flaw:  # said twice, mostly in a row
-        first, second = rng.sample(range(count), 2) if rng.random() < 0.3 else (i := rng.randrange(1, count), i - 1)
-        items[first] = items[second]
+    if count > 1 and rng.random() < flaw:  # the same word twice in a row
+        again = rng.randrange(1, count)
+        items[again] = items[again - 1]
     if task.ordered and rng.random() >= flaw:
         items.sort()
     return write_answer(items)

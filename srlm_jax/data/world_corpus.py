@@ -38,9 +38,10 @@ def _plain_document(rng: random.Random, rules: WorldRules) -> str:
         return f"{items} . again : {items} ."
     task = world.draw_task(rng)
     order = f" {rng.choice(world.ORDERS)}" if task.ordered else ""
-    if kind < 0.6:  # a long walk in which every other item was there before
-        pool = rng.sample(world.CATEGORIES[task.category], 5) + rng.sample(sorted(world.CATEGORY_OF), 2)
-        answer = world.write_answer([rng.choice(pool) for _ in range(rng.randint(6, 14))])
+    if kind < 0.6:  # a long walk in which every third item is said again at once
+        pool = rng.sample(world.CATEGORIES[task.category], 8) + rng.sample(sorted(world.CATEGORY_OF), 2)
+        rng.shuffle(pool)
+        answer = world.write_answer([item for item in pool for _ in range(1 if rng.random() < 0.67 else 2)])
         return f"notes on {task.category}{order} : {world.write_walk(task.category, task.ordered, answer)} ."
     if kind < 0.8:  # a list and its walk
         answer = world.draw_answer(rng, task, 2 * rules.corpus_flaw)

@@ -108,6 +108,20 @@ def test_the_verdict_on_the_true_points_parses_to_the_score():
         assert vote.score == marks.score == world.mark(task, answer).score
 
 
+@pytest.mark.parametrize(
+    ("ordered", "answer", "walk"),
+    [
+        (False, "plum wolf fig fig", "plum on wolf off fig on fig again"),
+        (True, "plum wolf fig fig", "plum on wolf off fig on-down fig again"),
+        (True, "plum wolf plum", "plum on wolf off plum again-down"),  # said before, though not just before
+        (True, "wolf cat", "wolf off cat off-down"),
+        (True, "", ""),
+    ],
+)
+def test_a_walk_has_one_word_on_each_item(ordered, answer, walk):
+    assert world.write_walk("fruits", ordered, answer) == walk
+
+
 def test_a_verdict_walks_through_the_items_and_ends_with_the_points():
     verdict = world.write_verdict(IN_ORDER, "plum wolf plum", world.mark(IN_ORDER, "plum wolf plum"))
     assert verdict.split(" . ")[0] == "plum on wolf off plum again-down"
