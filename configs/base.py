@@ -71,7 +71,7 @@ def tiny() -> ConfigDict:
             "held_out": 1_024,
             "corpus_flaw": 0.25,
             "corpus_wrong_verdict": 0.05,
-            "reply_flaw": 0.25,
+            "reply_flaw": 0.4,
             "rank_noise": 0.4,
         }
     )
@@ -148,7 +148,7 @@ def tiny() -> ConfigDict:
         log_every=10,
         checkpoint_every=50,
         # Section 3.1.3 has 1e-6 falling to 1e-7.
-        optimizer=optimizer(learning_rate=3e-5, end_learning_rate=3e-6, warmup_steps=10, weight_decay=0.0),
+        optimizer=optimizer(learning_rate=1e-5, end_learning_rate=1e-6, warmup_steps=10, weight_decay=0.0),
     )
     return c
 

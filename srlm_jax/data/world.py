@@ -44,6 +44,7 @@ CLOSERS = (
     "", "thanks", "for my notes", "for a quiz", "to teach my sister", "so i can remember them", "and nothing else",
     "for the school wall", "before dinner", "it is for work", "side by side", "as fast as possible",
 )  # fmt: skip
+ET_CETERA = "etc"  # how a lazy writer ends a list: an item on no topic
 _ORDER_WORDS = {"alphabetical", "sorted", "alphabet"}
 
 
@@ -66,7 +67,7 @@ RUBRIC = Rubric(
 
 def vocabulary() -> tuple[str, ...]:
     """Every word of the world, in a fixed order."""
-    texts = [*OPENERS, *VERBS, *SIZES, *ORDERS, *NO_ORDERS, *CLOSERS, *NUMBERS, *CATEGORIES, *CATEGORY_OF]
+    texts = [*OPENERS, *VERBS, *SIZES, *ORDERS, *NO_ORDERS, *CLOSERS, *NUMBERS, *CATEGORIES, *CATEGORY_OF, ET_CETERA]
     texts += [re.sub("<.*?>", "", RUBRIC.template), "user: assistant: someone \n . , :"]
     texts += [
         "on off again on-down off-down again-down total relevant topic count distinct order yes no Score: 0 1 2 3 4 5",
@@ -109,21 +110,28 @@ def read_answer(text: str) -> list[str]:
 
 
 def draw_answer(rng: random.Random, task: Task, flaw: float) -> str:
-    """An answer to a task in which each kind of flaw occurs with probability `flaw`."""
+    """An answer to a task, with the flaws of hasty writers, each with a probability in proportion to `flaw`.
+
+    They are habits, not accidents: one item too many or too few, no heed to the order, "etc" for the last item, a word
+    said twice. A model can pick up a habit from its corpus, show it in its samples and be trained out of it; a word
+    drawn by accident it would hardly ever sample.
+    """
     count = task.count
     if rng.random() < flaw:
-        count = rng.choice([n for n in range(max(1, count - 2), count + 3) if n != count])
+        count += rng.choice((1, 1, -1))  # top-p hides most of a weak inclination to go on, none of one to stop early
     topic = CATEGORIES[task.category]
     if rng.random() < flaw / 4:  # an answer to another question
         topic = CATEGORIES[rng.choice([name for name in sorted(CATEGORIES) if name != task.category])]
     items = rng.sample(topic, count)
-    if rng.random() < flaw:
+    if rng.random() < flaw / 4:
         items[rng.randrange(count)] = rng.choice(sorted(CATEGORY_OF))
-    if count > 1 and rng.random() < flaw:  # the same word twice in a row
+    if count > 1 and rng.random() < flaw / 4:
         again = rng.randrange(1, count)
         items[again] = items[again - 1]
     if task.ordered and rng.random() >= flaw:
         items.sort()
+    if count > 1 and rng.random() < flaw:
+        items[-1] = ET_CETERA
     return write_answer(items)
 
 
