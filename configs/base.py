@@ -143,7 +143,7 @@ def tiny() -> ConfigDict:
     c.dpo.beta = 0.1  # section 3.1.3
     c.dpo.dropout = 0.1
     c.dpo.train = training(
-        steps=300,
+        steps=150,
         batch_size=32,
         log_every=10,
         checkpoint_every=50,
