@@ -165,7 +165,8 @@ def load(folder: epath.PathLike, config: LlamaConfig, shardings: Llama) -> Llama
     folder = epath.Path(folder)
     if layout_of(folder) == "native":
         stored = llama.abstract(dataclasses.replace(config, param_dtype=source_dtype(folder, config)))
-        like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), stored, shardings)
+        places = jax.tree.unflatten(jax.tree.structure(stored), jax.tree.leaves(shardings))
+        like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), stored, places)
         leaves = jax.tree.leaves(checkpoint.load_model(folder, like))
         leaves = [leaf.astype(config.param_dtype) for leaf in leaves]
         return jax.tree.unflatten(jax.tree.structure(llama.abstract(config)), leaves)

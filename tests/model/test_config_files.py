@@ -61,7 +61,7 @@ def test_a_head_width_is_honoured():
     "spelling",
     [
         {"rope_theta": 5e5, "rope_scaling": LLAMA3},
-        {"rope_theta": 5e5, "rope_scaling": {**{k: v for k, v in LLAMA3.items() if k != "rope_type"}, "type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}},
         {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
         {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3},
     ],
@@ -195,7 +195,7 @@ def test_params_json_of_another_model_are_refused(changes, message):
         read_meta(LLAMA2_7B | changes)
 
 
-# --- ours, and the folder -----------------------------------------------------------------------------------------------
+# --- ours, and the folder ---------------------------------------------------------------------------------------------
 
 
 def test_a_manifest_is_read_also_from_before_there_were_scalings(tiny_config):
