@@ -36,6 +36,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
         "rapidfuzz>=3.9",
+        "safetensors>=0.8",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tqdm>=4.66",

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+from pathlib import Path
 
 # These tests compile much and run little, so the compiler's own optimisations cost more than they bring.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
@@ -39,8 +40,8 @@ def tiny_config():
     from srlm_jax.model.config import LlamaConfig
 
     return LlamaConfig(
-        V=40, D=16, L=2, N=4, K=2, H=8, F=24, rope_theta=100.0, norm_eps=1e-5, tied=False,
-        param_dtype="float32", compute_dtype="float32", remat=False,
+        V=40, D=16, L=2, N=4, K=2, H=8, F=24, rope_theta=100.0, rope_scaling=None, norm_eps=1e-5,
+        tied=False, param_dtype="float32", compute_dtype="float32", remat=False,
     )  # fmt: skip
 
 
@@ -99,11 +100,17 @@ def as_transformers(transformers_block):
     import transformers
 
     def convert(ours):
-        c = ours.config
+        c, rope = ours.config, {"rope_type": "default"}
+        if (scaling := c.rope_scaling) is not None:
+            rope = {
+                "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_context,
+            }  # fmt: skip
         config = transformers.LlamaConfig(
             vocab_size=c.V, hidden_size=c.D, num_hidden_layers=c.L, num_attention_heads=c.N, num_key_value_heads=c.K,
             head_dim=c.H, intermediate_size=c.F, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, attn_implementation="eager",
+            rope_parameters=rope | {"rope_theta": c.rope_theta}, attn_implementation="eager",
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         theirs = transformers.LlamaForCausalLM(config).eval()
@@ -119,6 +126,15 @@ def as_transformers(transformers_block):
         return theirs
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def stories260k():
+    """The folder of a small trained Llama in Hugging Face's layout (hf) and Meta's (meta), where it is at hand."""
+    for parent in Path(__file__).resolve().parents[1].parents:
+        if (folder := parent / "shared" / "data" / "stories260k").is_dir():
+            return folder
+    return pytest.skip("no folder shared/data/stories260k beside the project")
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ LAYERS = (
     "train",
     "evaluate",
     "pipeline",
+    "convert",
     "main",
 )
 

@@ -5,6 +5,26 @@ from collections.abc import Callable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's stretch of the rotary angles to a longer context (Llama 3.1; rope type "llama3" of transformers).
+
+    A pair that turns fewer than `low_freq_factor` times within the original context turns `factor` times slower, one
+    that turns more than `high_freq_factor` times as fast as before, and one between them in proportion.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int  # tokens
+
+    def __post_init__(self):
+        if self.factor < 1 or self.original_context < 1:
+            raise ValueError(f"rope_scaling needs a factor and an original context of at least 1: {self}")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"rope_scaling needs 0 < low_freq_factor < high_freq_factor: {self}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """A Llama-architecture decoder. The letters are the ones that name array axes everywhere in this package."""
 
@@ -16,6 +36,7 @@ class LlamaConfig:
     H: int  # width of a head
     F: int  # width of the gated MLP
     rope_theta: float  # base of the rotary angles
+    rope_scaling: RopeScaling | None  # None: the angles as they are
     norm_eps: float  # added to the mean square in RMSNorm
     tied: bool  # the embedding is also the output head
     param_dtype: str  # what the weights are kept in
@@ -41,8 +62,8 @@ class LlamaConfig:
 
 def _llama2(*, D: int, L: int, N: int, K: int, F: int) -> LlamaConfig:
     return LlamaConfig(
-        V=32_000, D=D, L=L, N=N, K=K, H=128, F=F, rope_theta=10_000.0, norm_eps=1e-5, tied=False,
-        param_dtype="float32", compute_dtype="bfloat16", remat=True,
+        V=32_000, D=D, L=L, N=N, K=K, H=128, F=F, rope_theta=10_000.0, rope_scaling=None, norm_eps=1e-5,
+        tied=False, param_dtype="float32", compute_dtype="bfloat16", remat=True,
     )  # fmt: skip
 
 
@@ -66,7 +87,7 @@ def tiny() -> LlamaConfig:
     return LlamaConfig(
         V=320, D=128, L=4, N=8, K=4, H=16, F=384,
         rope_theta=500.0,  # angles that turn within the few hundred tokens it ever sees
-        norm_eps=1e-5, tied=False, param_dtype="float32", compute_dtype="float32",
+        rope_scaling=None, norm_eps=1e-5, tied=False, param_dtype="float32", compute_dtype="float32",
         remat=True,  # on a CPU writing the activations costs more time than computing them twice
     )  # fmt: skip
 

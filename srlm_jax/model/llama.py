@@ -93,7 +93,7 @@ class Llama(nnx.Module):
         """
         c = self.config
         B, T = tokens_BT.shape
-        cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta)
+        cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta, c.rope_scaling)
         if cache is None:
             mask_BTS = causal_mask(T, segments_BT)
             parents, leaf = (), None

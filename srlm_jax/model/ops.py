@@ -5,10 +5,13 @@ F MLP width, R rows of a cache level, C = B / R rows that share one of them.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from srlm_jax.model.config import RopeScaling
 
 # Stands for minus infinity where a row may have nothing to attend to: exp() of it is 0, and differences stay finite.
 MASKED = -1e30
@@ -41,10 +44,16 @@ def rms_norm(x: Float[Array, "*B D"], scale_D: Float[Array, "D"], eps: float) ->
 
 
 def rope_angles(
-    positions_BT: Int[Array, "B T"], head_width: int, theta: float
+    positions_BT: Int[Array, "B T"], head_width: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosine and sine of the rotary angles, in float32: position / theta^(2i / head_width) for pair i."""
+    """Cosine and sine of the rotary angles, in float32: position / theta^(2i / head_width) for pair i, or as `scaling`
+    stretches them."""
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    if scaling is not None:
+        turns = scaling.original_context * frequency / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
     angle = positions_BT.astype(jnp.float32)[..., None] * frequency.reshape(1, 1, -1)
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -132,6 +132,10 @@ def _build(cls: type[T], tree: Mapping, path: str) -> T:
 
 
 def _value(kind: type, value: object, path: str) -> object:
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None:
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise BadConfig(f"{path} must hold fields, not {value!r}")
@@ -141,10 +145,6 @@ def _value(kind: type, value: object, path: str) -> object:
         if not isinstance(value, tuple | list) or (arguments[-1] is not ... and len(value) != len(arguments)):
             raise BadConfig(f"{path} must be a tuple like {kind}, not {value!r}")
         return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if typing.get_origin(kind) is types.UnionType:
-        if value is None:
-            return None
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -115,6 +115,11 @@ def read_json(path: epath.PathLike) -> object:
     return _parse(path.read_bytes(), str(path))
 
 
+def as_record(document: object, cls: type[Record], where: str) -> Record:
+    """A JSON document as a `cls`; BadRecord, with `where`, for an unknown, missing or mistyped field."""
+    return _decode_line(where, document, cls, _ADVICE)
+
+
 def _shards(directory: epath.Path) -> list[epath.Path]:
     done = shards_done(directory)
     if not done:

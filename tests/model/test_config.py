@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from srlm_jax.model import llama
-from srlm_jax.model.config import PRESETS, tiny
+from srlm_jax.model.config import PRESETS, RopeScaling, tiny
 
 # Llama 2 7B, 13B and 70B as published; the tiny one is counted by hand:
 # 320 * 128 embedding + 4 * (128 * 32 * (2 * 4 + 2 * 2) attention + 3 * 128 * 384 MLP + 2 * 128 norms) + 128.
@@ -47,3 +47,16 @@ def test_a_preset_keeps_its_weights_in_the_parameter_dtype(name):
 def test_an_impossible_model_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny(), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 0.5}, "needs a factor and an original context of at least 1"),
+        ({"low_freq_factor": 4.0}, "needs 0 < low_freq_factor < high_freq_factor"),
+    ],
+)
+def test_an_impossible_rope_scaling_is_refused(change, message):
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(scaling, **change)

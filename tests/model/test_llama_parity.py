@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from srlm_jax.model import ops
+from srlm_jax.model.config import RopeScaling
 from srlm_jax.model.llama import project
 
 pytestmark = pytest.mark.parity
@@ -16,6 +17,11 @@ VARIANTS = {
     "one key-value head": {"K": 1},
     "tied": {"tied": True},
     "another rotary base": {"rope_theta": 10_000.0},
+    "scaled rotary angles": {
+        "H": 16,
+        "rope_theta": 10_000.0,
+        "rope_scaling": RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64),
+    },
     "a large eps": {"norm_eps": 0.1},
 }
 
@@ -85,7 +91,7 @@ def test_rms_norm(pair, torch):
 def test_rotary_angles(pair, torch):
     ours, theirs = pair
     positions = np.array([[0, 1, 5, 1000]])
-    found = ops.rope_angles(jnp.asarray(positions), ours.config.H, ours.config.rope_theta)
+    found = ops.rope_angles(jnp.asarray(positions), ours.config.H, ours.config.rope_theta, ours.config.rope_scaling)
     wanted = theirs.model.rotary_emb(torch.zeros(1), torch.tensor(positions))
     for one, other in zip(found, wanted, strict=True):
         assert_close(jnp.concatenate([one, one], axis=-1), other)
@@ -95,7 +101,7 @@ def test_attention(pair, torch):
     ours, theirs = pair
     c, w, x = ours.config, ours.blocks, hidden()
     positions = np.arange(7)[None].repeat(2, axis=0)
-    angles = ops.rope_angles(jnp.asarray(positions), c.H, c.rope_theta)
+    angles = ops.rope_angles(jnp.asarray(positions), c.H, c.rope_theta, c.rope_scaling)
     q, k = (ops.rotate(project(jnp.asarray(x), weight[0]), *angles) for weight in (w.q, w.k))
     causal = jnp.tril(jnp.ones((7, 7), bool))
     out, _ = ops.attend(q, k, project(jnp.asarray(x), w.v[0]), causal[None, None], None)

@@ -1,5 +1,6 @@
 """The mathematics of a block against hand-worked values and plain definitions."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from srlm_jax.model import ops
+from srlm_jax.model.config import RopeScaling
 
 
 def normal(seed, *shape):
@@ -43,7 +45,7 @@ def test_rms_norm_of_bfloat16_takes_its_mean_in_float32():
 
 def test_rope_by_hand():
     # Head width 4 and theta 100: pair 0 turns by position, pair 1 by position / 10. Element i is paired with i + 2.
-    cos, sin = ops.rope_angles(jnp.array([[3]]), 4, 100.0)
+    cos, sin = ops.rope_angles(jnp.array([[3]]), 4, 100.0, None)
     np.testing.assert_allclose(cos, [[[math.cos(3), math.cos(0.3)]]], rtol=1e-6)
     np.testing.assert_allclose(sin, [[[math.sin(3), math.sin(0.3)]]], rtol=1e-6)
     found = ops.rotate(jnp.array([1.0, 10.0, 0.0, 0.0]).reshape(1, 1, 1, 4), cos, sin)
@@ -53,7 +55,7 @@ def test_rope_by_hand():
 
 def test_rope_leaves_position_0_alone():
     x = normal(0, 1, 2, 3, 8)
-    np.testing.assert_array_equal(ops.rotate(x, *ops.rope_angles(jnp.zeros((1, 3), int), 8, 100.0)), x)
+    np.testing.assert_array_equal(ops.rotate(x, *ops.rope_angles(jnp.zeros((1, 3), int), 8, 100.0, None)), x)
 
 
 def test_rope_scores_depend_on_the_distance_alone():
@@ -61,13 +63,26 @@ def test_rope_scores_depend_on_the_distance_alone():
 
     def score(query_position, key_position):
         turned = [
-            ops.rotate(x, *ops.rope_angles(jnp.array([[position]]), 8, 100.0))
+            ops.rotate(x, *ops.rope_angles(jnp.array([[position]]), 8, 100.0, None))
             for x, position in ((q, query_position), (k, key_position))
         ]
         return float((turned[0] * turned[1]).sum())
 
     assert score(7, 4) == pytest.approx(score(103, 100), rel=1e-4)
     assert score(7, 4) != pytest.approx(score(7, 5), rel=1e-2)
+
+
+def test_rope_scaling_by_hand():
+    # Head width 8, theta 10^4: pairs turn by 1, 0.1, 0.01 and 0.001 a position, so 100, 10, 1 and 0.1 times in 200 pi
+    # positions. More than 4 turns are kept, fewer than 1 become 8 times slower; here 10 is kept for being more than 4.
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=628)
+    cos, sin = ops.rope_angles(jnp.array([[1]]), 8, 10_000.0, scaling)
+    found = np.arctan2(sin, cos)[0, 0]
+    np.testing.assert_allclose(found, [1, 0.1, 0.01 / 8, 0.001 / 8], rtol=2e-3)
+    # Half way between 1 and 19 turns, half of the angle is kept and half slowed down.
+    scaling = dataclasses.replace(scaling, high_freq_factor=19.0)
+    cos, sin = ops.rope_angles(jnp.array([[1]]), 8, 10_000.0, scaling)
+    assert np.arctan2(sin, cos)[0, 0, 1] == pytest.approx(0.1 / 2 + 0.1 / 8 / 2, rel=2e-3)
 
 
 def test_swiglu_by_hand():

@@ -1,5 +1,7 @@
 """Settings: what a config file may hold, and what it is told where it may not."""
 
+import dataclasses
+
 import pytest
 
 from configs.base import get_config
@@ -65,6 +67,18 @@ def test_a_value_of_the_wrong_type_is_named(tree, name, value, wanted):
     with pytest.raises(BadConfig) as raised:
         read(tree)
     assert str(raised.value).startswith(f"config.{name} ") and wanted in str(raised.value)
+
+
+def test_an_optional_group_of_fields_is_read_typed(tree):
+    assert read(tree).model.rope_scaling is None
+    fields = {"factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 64}
+    put(tree, "model.rope_scaling", fields)
+    settings = read(tree)
+    assert dataclasses.asdict(settings.model.rope_scaling) == fields
+    assert flatten(settings, "config")["config.model.rope_scaling.original_context"] == 64
+    put(tree, "model.rope_scaling.factr", 2.0)
+    with pytest.raises(BadConfig, match=r"rope_scaling\.factr is no field; did you mean .*\.factor\?"):
+        read(tree)
 
 
 def test_the_place_in_a_tuple_is_named(tree):

@@ -1,0 +1,93 @@
+"""`python -m srlm_jax.convert --source=DIR --target=DIR --to=native`: Hugging Face's or Meta's weights as a checkpoint
+of this package; `--to=hf`: the way back."""
+
+import contextlib
+import dataclasses
+import sys
+import uuid
+from collections.abc import Iterator
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+
+from srlm_jax.model import config_files, llama, weights
+from srlm_jax.storage import checkpoint, jsonl
+
+# What a user can put right: told in one line, without a traceback.
+FAILURES = (ValueError, OSError)
+
+_SHARD_BYTES = 5 * 10**9
+
+_SOURCE = flags.DEFINE_string("source", None, "The folder of the model to convert, in any of the layouts.")
+_TARGET = flags.DEFINE_string("target", None, "The folder to make.")
+_TO = flags.DEFINE_enum("to", None, ["hf", "native"], "The layout to make: Hugging Face's, or this package's own.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "As in the source if not given.")
+
+
+def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: str | None, shard_bytes: int) -> None:
+    """Writes the model in the folder `source` (native, Hugging Face's or Meta's layout) to the new folder `target`.
+
+    Args:
+      to: "hf" or "native".
+      dtype: what to keep the weights in; None: what the source keeps them in, and then bit for bit.
+      shard_bytes: the size of Hugging Face's weight files.
+
+    Raises any of FAILURES, and leaves no target then.
+    """
+    source, target = epath.Path(source), epath.Path(target)
+    with new_folder(target) as folder:
+        config = weights.read_config(source, param_dtype="float32", compute_dtype="float32", remat=False)
+        dtype = dtype or weights.source_dtype(source, config)
+        config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        model = weights.load(source, config, jax.tree.map(lambda _: place, llama.abstract(config)))
+        carried = config_files.hf_fields(source)
+        for name in config_files.COMPANIONS:
+            if (source / name).exists():
+                (source / name).copy(folder / name)
+        if to == "native":
+            checkpoint.save_model(folder, model, {"config": checkpoint.config_facts(config), "hf": carried})
+        else:
+            weights.save_hf(folder, model, shard_bytes=shard_bytes)
+            jsonl.write_json(folder / "config.json", config_files.to_hf(config, carried))
+            if not (folder / "generation_config.json").exists():
+                jsonl.write_json(folder / "generation_config.json", config_files.generation_config(carried))
+    print(f"{target}: {config.parameters:,} parameters in {dtype}")
+
+
+@contextlib.contextmanager
+def new_folder(target: epath.Path) -> Iterator[epath.Path]:
+    """A folder beside `target` that takes its name at the end, and goes away on an error.
+
+    Raises:
+      FileExistsError: the target is there and not empty.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already: choose another --target, or remove it")
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --source=DIR")
+    logging.set_verbosity(logging.ERROR)
+    jax.config.update("jax_platforms", "cpu")  # the host's memory is where files go through anyway
+    try:
+        convert(_SOURCE.value, _TARGET.value, to=_TO.value, dtype=_DTYPE.value, shard_bytes=_SHARD_BYTES)
+    except FAILURES as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["source", "target", "to"])
+    app.run(main)

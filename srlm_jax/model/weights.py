@@ -1,0 +1,309 @@
+"""Weights from and to other people's files: one table of names, read in both directions.
+
+Axes: L layers, V vocabulary, D width, N query heads, K key-value heads, H head width, F MLP width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+
+from srlm_jax.model import config_files, llama, sources
+from srlm_jax.model.config import LlamaConfig
+from srlm_jax.model.config_files import BadModelFile, layout_of, read_json
+from srlm_jax.model.llama import Llama
+from srlm_jax.model.sources import Index, Tensor, Tensors
+from srlm_jax.storage import checkpoint, jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A weight of ours, and the matrix or vector that others keep it in: one a layer if the name has a place for it."""
+
+    ours: str
+    axes: str  # of ours, in a layer
+    theirs: tuple[str, ...]  # the same axes as theirs has them; ("NH", "D") is a matrix [N * H, D]
+    hf: str
+    meta: str
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.hf
+
+    def names(self, layout: str, config: LlamaConfig) -> list[str]:
+        """Their names of it, by layer."""
+        name = self.meta if layout == "meta" else self.hf
+        return [name.format(layer) for layer in range(config.L)] if self.stacked else [name]
+
+    def shape(self, config: LlamaConfig) -> tuple[int, ...]:
+        """The shape of theirs."""
+        return tuple(math.prod(getattr(config, axis) for axis in axes) for axes in self.theirs)
+
+
+_BLOCK_HF, _BLOCK_META = "model.layers.{}.", "layers.{}."
+_TABLE = (
+    _Weight("embedding", "VD", ("V", "D"), "model.embed_tokens.weight", "tok_embeddings.weight"),
+    *(
+        _Weight(f"blocks/{ours}", axes, theirs, f"{_BLOCK_HF}{hf}.weight", f"{_BLOCK_META}{meta}.weight")
+        for ours, axes, theirs, hf, meta in (
+            ("attention_norm", "D", ("D",), "input_layernorm", "attention_norm"),
+            ("q", "DNH", ("NH", "D"), "self_attn.q_proj", "attention.wq"),
+            ("k", "DKH", ("KH", "D"), "self_attn.k_proj", "attention.wk"),
+            ("v", "DKH", ("KH", "D"), "self_attn.v_proj", "attention.wv"),
+            ("o", "NHD", ("D", "NH"), "self_attn.o_proj", "attention.wo"),
+            ("mlp_norm", "D", ("D",), "post_attention_layernorm", "ffn_norm"),
+            ("gate", "DF", ("F", "D"), "mlp.gate_proj", "feed_forward.w1"),
+            ("up", "DF", ("F", "D"), "mlp.up_proj", "feed_forward.w3"),
+            ("down", "FD", ("D", "F"), "mlp.down_proj", "feed_forward.w2"),
+        )
+    ),
+    _Weight("norm", "D", ("D",), "model.norm.weight", "norm.weight"),
+    _Weight("output", "DV", ("V", "D"), "lm_head.weight", "output.weight"),
+)
+_EMBEDDING, *_, _OUTPUT = _TABLE
+
+# Meta turns elements 2i and 2i + 1 of these by one angle, Hugging Face and this package elements i and i + H / 2.
+_ROTATED = ("blocks/q", "blocks/k")
+
+# Rotary frequencies that older files hold, though they follow from the configuration.
+_IGNORED = ("rotary_emb.inv_freq", "rope.freqs")
+
+
+def _table(config: LlamaConfig) -> tuple[_Weight, ...]:
+    return _TABLE[:-1] if config.tied else _TABLE
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str, remat: bool) -> LlamaConfig:
+    """The model in a folder of Hugging Face's, Meta's or this package's layout; the three arguments are ours to choose.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      BadModelFile, BadRecord: it holds no model, or one that is no Llama as it is built here; the message names the
+        field.
+    """
+    folder = epath.Path(folder)
+    choices = {"param_dtype": param_dtype, "compute_dtype": compute_dtype, "remat": remat}
+    match layout_of(folder):
+        case "native":
+            path = folder / "manifest.json"
+            return config_files.from_manifest(read_json(path), str(path), **choices)
+        case "hf":
+            path = folder / "config.json"
+            return config_files.from_hf(read_json(path), str(path), **choices)
+    path = folder / "params.json"
+    vocabulary, tied = _meta_vocabulary(folder, read_json(path))
+    return config_files.from_meta(read_json(path), str(path), vocabulary=vocabulary, tied=tied, **choices)
+
+
+def _meta_vocabulary(folder: epath.Path, params: Mapping[str, object]) -> tuple[int, bool]:
+    """What params.json may not say: how many tokens there are, and whether the head is the embedding."""
+    shards = sources.meta_shards(folder)
+    if _EMBEDDING.meta not in shards[0] or len(shards[0][_EMBEDDING.meta].shape) != 2:
+        raise BadModelFile(f"{folder}: {_EMBEDDING.meta} is missing or no matrix")
+    rows, columns = shards[0][_EMBEDDING.meta].shape
+    vocabulary = sum(shard[_EMBEDDING.meta].shape[0] for shard in shards) if columns == params.get("dim") else rows
+    shape = (vocabulary, params.get("dim"))
+    whole = sources.merged(shards, {_EMBEDDING.meta: shape, _OUTPUT.meta: shape})
+    tied = _OUTPUT.meta not in whole or _equal(whole[_OUTPUT.meta], whole[_EMBEDDING.meta])
+    return vocabulary, tied
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices are the same, some rows at a time."""
+    if one.shape != other.shape:
+        return False
+    for start in range(0, one.shape[0], 4096):
+        rows = (slice(start, min(start + 4096, one.shape[0])), slice(0, one.shape[1]))
+        if not np.array_equal(one.read(rows), other.read(rows)):
+            return False
+    return True
+
+
+def source_dtype(folder: epath.PathLike, config: LlamaConfig) -> str:
+    """What the weights in a folder are kept in.
+
+    Raises:
+      BadModelFile: they cannot be read, are not those of the configuration, or not all of one type.
+    """
+    folder = epath.Path(folder)
+    if layout_of(folder) == "native":
+        listed = read_json(folder / "manifest.json").get("weights")
+        entries = listed.items() if isinstance(listed, dict) else ()
+        dtypes = {name: entry.get("dtype") for name, entry in entries if isinstance(entry, dict)}
+    else:
+        dtypes = {name: tensor.dtype for name, tensor in _open(folder, config).items()}
+    first = next(iter(dtypes), None)
+    if other := next((name for name in dtypes if dtypes[name] != dtypes[first]), None):
+        raise BadModelFile(
+            f"{folder}: {first} is {dtypes[first]} and {other} is {dtypes[other]}; choose one type for all weights"
+        )
+    if first is None:
+        raise BadModelFile(f"{folder / 'manifest.json'} lacks the field 'weights'")
+    if dtypes[first] not in ("float32", "float16", "bfloat16"):
+        raise BadModelFile(f"{folder}: the weights are {dtypes[first]}, which is not kept; choose a type for them")
+    return dtypes[first]
+
+
+def load(folder: epath.PathLike, config: LlamaConfig, shardings: Llama) -> Llama:
+    """The weights in a folder of any of the three layouts, in the configuration's parameter type.
+
+    Every host reads what its devices hold and no more; one device's part of one weight is in host memory at a time.
+
+    Args:
+      shardings: for each weight, where it lives.
+
+    Raises:
+      BadModelFile: tensors are missing, unknown or of another shape (all of them are named), or a file is damaged.
+      BadCheckpoint: as `checkpoint.load_model`, for a checkpoint of this package.
+    """
+    folder = epath.Path(folder)
+    if layout_of(folder) == "native":
+        stored = llama.abstract(dataclasses.replace(config, param_dtype=source_dtype(folder, config)))
+        places = jax.tree.unflatten(jax.tree.structure(stored), jax.tree.leaves(shardings))
+        like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), stored, places)
+        leaves = jax.tree.leaves(checkpoint.load_model(folder, like))
+        leaves = [leaf.astype(config.param_dtype) for leaf in leaves]
+        return jax.tree.unflatten(jax.tree.structure(llama.abstract(config)), leaves)
+    return assemble(_open(folder, config), layout_of(folder), config, shardings)
+
+
+def _open(folder: epath.Path, config: LlamaConfig) -> Tensors:
+    """The checked tensors of a folder that is not of our own layout."""
+    layout = layout_of(folder)
+    wanted = {name: w.shape(config) for w in _TABLE for name in w.names(layout, config)}
+    tensors = sources.merged(sources.meta_shards(folder), wanted) if layout == "meta" else sources.hugging_face(folder)
+    return checked(tensors, layout, config, str(folder))
+
+
+def checked(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, where: str) -> Tensors:
+    """The tensors that make the model, without what may be there besides.
+
+    Raises:
+      BadModelFile: names every tensor that is missing, unknown, of another shape or not of floating-point numbers.
+    """
+    wanted = {name: w.shape(config) for w in _table(config) for name in w.names(layout, config)}
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    for name, shape in wanted.items():
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} is {list(tensors[name].shape)}, the configuration says {list(shape)}")
+        elif name in tensors and tensors[name].dtype not in ("float64", "float32", "float16", "bfloat16"):
+            problems.append(f"{name} holds {tensors[name].dtype}, not floating-point numbers as they are")
+    (head,), (embedding,) = _OUTPUT.names(layout, config), _EMBEDDING.names(layout, config)
+    for name in tensors.keys() - wanted.keys():
+        if name.endswith(_IGNORED):
+            continue
+        if name != head:
+            problems.append(f"{name} is unknown")
+        elif embedding in tensors and not _equal(tensors[head], tensors[embedding]):
+            problems.append(f"{head} differs from {embedding}, and the configuration says that they are tied")
+    if problems:
+        raise BadModelFile(f"{where}: {'; '.join(sorted(problems))}")
+    return {name: tensors[name] for name in wanted}
+
+
+def assemble(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, shardings: Llama) -> Llama:
+    """The model made of checked tensors; `shardings` says for each weight where it lives."""
+    model = llama.abstract(config)
+    shapes, places = checkpoint.named_leaves(model), checkpoint.named_leaves(shardings)
+    table = {w.ours: w for w in _TABLE}
+
+    def weight(name: str) -> jax.Array:
+        layers = [tensors[theirs] for theirs in table[name].names(layout, config)]
+        return _place(shapes[name], places[name], lambda part: _block(table[name], layers, layout, config, part))
+
+    return jax.tree.unflatten(jax.tree.structure(model), [weight(name) for name in shapes])
+
+
+def _place(
+    like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, read: Callable[[Index], np.ndarray]
+) -> jax.Array:
+    """An array of which every device holds what `read` gives for its part; each part is read once, and let go."""
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(like.shape).items():
+        part = tuple(axis.indices(size)[:2] for axis, size in zip(index, like.shape, strict=True))
+        devices.setdefault(part, []).append(device)
+    arrays = []
+    for part, holders in devices.items():
+        block = read(tuple(slice(*bounds) for bounds in part))
+        arrays += jax.block_until_ready([jax.device_put(block, device) for device in holders])
+    return jax.make_array_from_single_device_arrays(like.shape, sharding, arrays)
+
+
+def _block(w: _Weight, layers: list[Tensor], layout: str, config: LlamaConfig, part: Index) -> np.ndarray:
+    """A part of our weight, one layer of it after the other."""
+    rows, part = (part[0], part[1:]) if w.stacked else (slice(0, 1), part)
+    sizes = [axis.stop - axis.start for axis in part]
+    block = np.empty((rows.stop - rows.start, *sizes), config.param_dtype)
+    for row, layer in enumerate(layers[rows]):
+        block[row] = _from_theirs(w, layer, layout, config, dict(zip(w.axes, part, strict=True)))
+    return block if w.stacked else block[0]
+
+
+def _from_theirs(w: _Weight, tensor: Tensor, layout: str, config: LlamaConfig, part: Mapping[str, slice]) -> np.ndarray:
+    """A part of one of their tensors, turned into our axes."""
+    # Of axes that they keep as one, the first is cut here and the second (H) taken whole, to be cut at the end.
+    widths = [math.prod(getattr(config, axis) for axis in axes[1:]) for axes in w.theirs]
+    index = tuple(
+        slice(part[axes[0]].start * width, part[axes[0]].stop * width)
+        for axes, width in zip(w.theirs, widths, strict=True)
+    )
+    cut = {axes[0] for axes in w.theirs}
+    letters = "".join(w.theirs)
+    sizes = {a: part[a].stop - part[a].start if a in cut else getattr(config, a) for a in letters}
+    x = tensor.read(index).reshape([sizes[axis] for axis in letters])
+    if layout == "meta" and w.ours in _ROTATED:
+        heads, H, D = x.shape
+        x = x.reshape(heads, H // 2, 2, D).swapaxes(1, 2).reshape(heads, H, D)  # x0 y0 x1 y1 -> x0 x1 y0 y1
+    x = x.transpose([letters.index(axis) for axis in w.axes])
+    return x[tuple(slice(None) if axis in cut else part[axis] for axis in w.axes)]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def hf_tensors(model: Llama) -> Tensors:
+    """The model's weights as Hugging Face names and shapes them; each comes to the host when it is read."""
+    config, ours = model.config, checkpoint.named_leaves(model)
+
+    def of_layer(w: _Weight, layer: int) -> Tensor:
+        def read(index: Index) -> np.ndarray:
+            x = np.asarray(ours[w.ours][layer] if w.stacked else ours[w.ours])
+            x = x.transpose([w.axes.index(axis) for axis in "".join(w.theirs)])
+            return x.reshape(w.shape(config))[index]
+
+        return Tensor(w.shape(config), str(ours[w.ours].dtype), read)
+
+    return {name: of_layer(w, layer) for w in _table(config) for layer, name in enumerate(w.names("hf", config))}
+
+
+def save_hf(folder: epath.Path, model: Llama, *, shard_bytes: int) -> None:
+    """Writes the weights into an existing folder as safetensors: one file, or shards of at most `shard_bytes` (a larger
+    tensor has a shard of its own) and their index. One tensor is in host memory at a time."""
+    tensors = hf_tensors(model)
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        sources.write_safetensors(folder / "model.safetensors", shards[0])
+        return
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(files, shards, strict=True):
+        sources.write_safetensors(folder / name, shard)
+    places = {tensor: name for name, shard in zip(files, shards, strict=True) for tensor in shard}
+    total = sum(tensor.bytes for tensor in tensors.values())
+    jsonl.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(tensors: Tensors, shard_bytes: int) -> Iterator[Tensors]:
+    shard, size = {}, 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.bytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.bytes
+    yield shard

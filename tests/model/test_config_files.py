@@ -1,0 +1,244 @@
+"""Configurations of other people's folders: what is read, what is written, and what is refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srlm_jax.model.config import PRESETS, RopeScaling
+from srlm_jax.model.config_files import (
+    BadModelFile,
+    from_hf,
+    from_manifest,
+    from_meta,
+    generation_config,
+    hf_fields,
+    layout_of,
+    read_json,
+    to_hf,
+)
+from srlm_jax.storage.checkpoint import config_facts
+
+CHOICES = {"param_dtype": "float32", "compute_dtype": "bfloat16", "remat": True}
+HF = {
+    "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 24, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": False, "rope_theta": 100.0,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
+
+
+def read_hf(**changes):
+    return from_hf(HF | changes, "config.json", **CHOICES)
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def test_every_number_of_a_config_json_is_read():
+    wanted = {"V": 40, "D": 16, "L": 2, "N": 4, "K": 2, "H": 4, "F": 24, "rope_theta": 100.0, "rope_scaling": None}
+    assert dataclasses.asdict(read_hf()) == wanted | {"norm_eps": 1e-5, "tied": False} | CHOICES
+
+
+def test_what_transformers_assumes_where_a_field_is_missing_is_assumed():
+    assert from_hf({k: v for k, v in HF.items() if k != "num_key_value_heads"}, "", **CHOICES).K == 4
+    assert from_hf({k: v for k, v in HF.items() if k != "rope_theta"}, "", **CHOICES).rope_theta == 10_000.0
+    assert not from_hf({k: v for k, v in HF.items() if k != "tie_word_embeddings"}, "", **CHOICES).tied
+
+
+def test_a_head_width_is_honoured():
+    assert (read_hf(head_dim=8).H, read_hf(head_dim=None).H) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}},
+        {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3},
+    ],
+    ids=["transformers 4", "its first releases", "transformers 5", "both"],
+)  # fmt: skip
+def test_a_rope_scaling_is_read_in_every_spelling(spelling):
+    config = read_hf(**spelling)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, SCALING)
+
+
+@pytest.mark.parametrize("plain", [None, {"rope_type": "default"}, {"rope_theta": 100, "rope_type": "default"}])
+def test_plain_angles_are_read_in_every_spelling(plain):
+    assert read_hf(rope_parameters=plain).rope_scaling is None
+    assert read_hf(rope_scaling=plain).rope_theta == 100.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
+        ("pretraining_tp", 2), ("sliding_window", 4096), ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"bits": 4}), ("is_encoder_decoder", True), ("pruned_heads", {"0": [1]}),
+    ],
+)  # fmt: skip
+def test_a_field_that_changes_the_mathematics_is_named(field, value):
+    with pytest.raises(BadModelFile, match=rf"^config.json: {field} is .*, which is another model"):
+        read_hf(**{field: value})
+
+
+def test_fields_that_nobody_knows_are_named_all_at_once():
+    with pytest.raises(BadModelFile, match=r"^config.json: unknown field attention_multiplier, zzz: it may change"):
+        read_hf(zzz=1, attention_multiplier=2.0)
+
+
+def test_fields_that_change_nothing_are_passed_over():
+    known = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "dtype": "float16", "use_cache": True}
+    neutral = {"pretraining_tp": 1, "attention_bias": False, "sliding_window": None, "max_position_embeddings": 512}
+    assert read_hf(**known, **neutral) == read_hf()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "16"}, "hidden_size must be a whole number, not '16'"),
+        ({"hidden_size": 16.0}, "hidden_size must be a whole number, not 16.0"),
+        ({"hidden_size": None}, "hidden_size must be a whole number, not None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be more than 0, not 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be more than 0, not nan"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, not 1"),
+        ({"hidden_size": 18}, "hidden_size 18 is no multiple of num_attention_heads 4; give head_dim"),
+        ({"num_key_value_heads": 3}, "model.N .* must be a multiple of model.K"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: type is 'linear', which is another model"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: rope_type is 'yarn', which is another model"),
+        ({"rope_scaling": 2.0}, "rope_scaling must hold fields or null, not 2.0"),
+        ({"rope_scaling": LLAMA3 | {"beta": 1}}, "rope_scaling: unknown field beta"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, "rope_scaling: factor must be a number, not None"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "rope_scaling: rope_scaling needs 0 < low_freq"),
+        ({"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_scaling: rope_type and type contradict each other"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "contradict each other"),
+        ({"rope_parameters": {"rope_theta": 7.0}}, "rope_parameters: rope_theta is 7.0, and 100.0 outside of it"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, which is another model"),
+    ],
+)
+def test_a_field_with_an_impossible_value_is_named(changes, message):
+    with pytest.raises(BadModelFile, match=message):
+        read_hf(**changes)
+
+
+@given(tied=st.booleans(), scaled=st.booleans(), name=st.sampled_from(sorted(PRESETS)))
+def test_what_is_written_is_read_again(tied, scaled, name):
+    config = dataclasses.replace(PRESETS[name](), tied=tied, rope_scaling=SCALING if scaled else None)
+    document = json.loads(json.dumps(to_hf(config, {"bos_token_id": 1})))
+    choices = {name: getattr(config, name) for name in CHOICES}
+    assert from_hf(document, "", **choices) == config
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("scaling", [None, SCALING])
+def test_transformers_reads_what_is_written_and_the_other_way_round(tmp_path, tiny_config, scaling):
+    import transformers
+
+    config = dataclasses.replace(tiny_config, rope_theta=5e5, rope_scaling=scaling)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(config, {"bos_token_id": 3, "eos_token_id": 4})))
+    theirs = transformers.LlamaConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == 5e5
+    assert theirs.rope_parameters["rope_type"] == ("default" if scaling is None else "llama3")
+    assert (theirs.head_dim, theirs.bos_token_id, theirs.rms_norm_eps) == (8, 3, 1e-5)
+    theirs.save_pretrained(tmp_path)
+    saved = read_json(epath.Path(tmp_path / "config.json"))
+    assert "rope_parameters" in saved
+    assert from_hf(saved, "", param_dtype="float32", compute_dtype="float32", remat=False) == config
+
+
+# --- Meta -------------------------------------------------------------------------------------------------------------
+
+LLAMA2_7B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5, "vocab_size": -1}
+LLAMA2_70B = {
+    "dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80,
+    "norm_eps": 1e-5, "vocab_size": -1,
+}  # fmt: skip
+
+
+def read_meta(document, vocabulary=32_000):
+    return from_meta(document, "params.json", vocabulary=vocabulary, tied=False, **CHOICES)
+
+
+@pytest.mark.parametrize(("name", "params"), [("llama2_7b", LLAMA2_7B), ("llama2_70b", LLAMA2_70B)])
+def test_the_published_params_json_make_the_presets(name, params):
+    assert read_meta(params) == PRESETS[name]()
+
+
+def test_llama_3_widths_and_angles_are_those_published():
+    params = LLAMA2_7B | {"ffn_dim_multiplier": 1.3, "multiple_of": 1024, "n_kv_heads": 8, "rope_theta": 500_000.0}
+    config = read_meta(params | {"vocab_size": 128_256}, vocabulary=128_256)
+    assert (config.F, config.K, config.rope_theta) == (14_336, 8, 500_000.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 512}, "params.json: vocab_size is 512, and the weights have 32000"),
+        ({"use_scaled_rope": True}, "params.json: use_scaled_rope is True, which is another model"),
+        ({"moe": {"experts": 8}}, "params.json: unknown field moe"),
+        ({"dim": 4097}, "params.json: dim 4097 is no multiple of n_heads 32"),
+        ({"multiple_of": 0}, "params.json: multiple_of must be more than 0"),
+        ({"norm_eps": None}, "params.json: norm_eps must be a number, not None"),
+    ],
+)
+def test_params_json_of_another_model_are_refused(changes, message):
+    with pytest.raises(BadModelFile, match=message):
+        read_meta(LLAMA2_7B | changes)
+
+
+# --- ours, and the folder ---------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_is_read_also_from_before_there_were_scalings(tiny_config):
+    facts = config_facts(dataclasses.replace(tiny_config, rope_scaling=SCALING))
+    choices = {"param_dtype": "bfloat16", "compute_dtype": "float32", "remat": True}
+    wanted = dataclasses.replace(tiny_config, rope_scaling=SCALING, **choices)
+    assert from_manifest({"config": facts}, "", **choices) == wanted
+    del facts["rope_scaling"]
+    assert from_manifest({"config": facts}, "", **choices).rope_scaling is None
+    with pytest.raises(BadModelFile, match="m lacks the field 'config'"):
+        from_manifest({"hash": "0"}, "m", **choices)
+    with pytest.raises(ValueError, match=r"m: config: field 'D': expected int, found 'x'"):
+        from_manifest({"config": facts | {"D": "x"}}, "m", **choices)
+
+
+def test_a_layout_is_told_by_its_files(tmp_path):
+    folder = epath.Path(tmp_path)
+    with pytest.raises(BadModelFile, match=r"holds no model: none of manifest.json, config.json, params.json is there"):
+        layout_of(folder)
+    for name, layout in (("params.json", "meta"), ("config.json", "hf"), ("manifest.json", "native")):
+        (folder / name).write_text("{}")
+        assert layout_of(folder) == layout
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        layout_of(folder / "nowhere")
+
+
+@pytest.mark.parametrize("text", ['{"hidden_size": 1', "\x00\x01", "[" * 100_000], ids=["cut", "binary", "deep"])
+def test_a_damaged_file_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(
+        BadModelFile, match=r"config.json is not JSON \(.*\): it is cut short or damaged; copy it again"
+    ):
+        read_json(epath.Path(tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(BadModelFile, match=r"config.json must hold an object with fields, not list"):
+        read_json(epath.Path(tmp_path / "config.json"))
+
+
+def test_special_tokens_come_from_the_configuration_or_else_from_the_tokenizer(tmp_path, stories260k):
+    (tmp_path / "config.json").write_text(json.dumps(HF | {"eos_token_id": [7, 8], "max_position_embeddings": 99}))
+    carried = hf_fields(epath.Path(tmp_path))
+    assert carried == {"max_position_embeddings": 99, "eos_token_id": [7, 8]}
+    assert generation_config(carried) == {"_from_model_config": True, "eos_token_id": [7, 8]}
+    assert hf_fields(epath.Path(stories260k / "meta")) == {"bos_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "config.json").rename(tmp_path / "params.json")
+    assert hf_fields(epath.Path(tmp_path)) == {"bos_token_id": None, "eos_token_id": None}
