@@ -38,6 +38,7 @@ setup(
         "rapidfuzz>=3.9",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
+        "tokenizers>=0.20",
         "tqdm>=4.66",
     ],
     extras_require={
