@@ -36,7 +36,7 @@ class ChatFormat:
         if self.system and self.around_system is None:
             raise ValueError("this chat format has no place for a system prompt")
         for control in self.control:
-            if not (control and self.neutral) or _may_join(self.neutral, control):
+            if _may_join(self.neutral, control):
                 # "[IN[INST]ST]" without its inner mark is a mark.
                 raise ValueError(
                     f"neutral {self.neutral!r} and the text around it could make the control string {control!r}; "
@@ -45,7 +45,7 @@ class ChatFormat:
 
 
 def _may_join(neutral: str, control: str) -> bool:
-    """Whether an occurrence of `control` can overlap `neutral` in some text."""
+    """Whether an occurrence of `control` can overlap `neutral` in some text; an empty one always can."""
     lengths = range(1, min(len(neutral), len(control)) + 1)
     overlap = any(neutral[-n:] == control[:n] or neutral[:n] == control[-n:] for n in lengths)
     return overlap or neutral in control or control in neutral
