@@ -39,11 +39,13 @@ setup(
         "safetensors>=0.8",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
+        "tokenizers>=0.20",
         "tqdm>=4.66",
     ],
     extras_require={
         "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
         "cuda": [f"jax[cuda12]>=0.10.2,<0.11; {OLD}", f"jax[cuda12]>=0.11.1; {NEW}"],
+        "openai": ["openai>=1.40"],  # a server as a source of completions
         "test": [
             "beartype>=0.18",
             "hypothesis>=6.100",
@@ -51,6 +53,7 @@ setup(
             "matplotlib>=3.8",
             "nbclient>=0.10",
             "nbformat>=5.10",
+            "openai>=1.40",
             "pytest>=8.2",
             "ruff>=0.8",
             "scipy>=1.13",

@@ -40,6 +40,7 @@ class ModelGenerate:
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int, int], None]
     ) -> list[tuple[tuple[Completion, ...], ...]]:
         """See `records.Generate`. The texts hold the stop string that ended them, but never the end token."""
+        ends = self._ends()
         groups = [
             engine.Group(
                 address=words_32(request.id, 2), prompts=tuple(self._encode(request, text) for text in request.prompts)
@@ -51,7 +52,7 @@ class ModelGenerate:
             temperature=params.temperature,
             top_p=params.top_p,
             max_new_tokens=params.max_new_tokens,
-            stops=((self.tokenizer.eos,), *(tuple(self.tokenizer.encode(stop)) for stop in params.stop)),
+            stops=(*((end,) for end in ends), *(self._encode_stop(stop) for stop in params.stop)),
         )
         drawn = engine.sample(
             self.model,
@@ -63,12 +64,31 @@ class ModelGenerate:
             report=report,
             work=self.work,
         )
-        return [tuple(tuple(map(self._decode, samples)) for samples in prompts) for prompts in drawn]
+        return [
+            tuple(tuple(self._decode(sample, ends, params.stop) for sample in samples) for samples in prompts)
+            for prompts in drawn
+        ]
+
+    def _ends(self) -> tuple[int, ...]:
+        """The tokens after which nothing more comes, whether the model was asked in a chat or not."""
+        return tuple(dict.fromkeys((chat.end_of_response(self.tokenizer, self.chat_format), *self.tokenizer.ends)))
 
     def _encode(self, request: Request, text: str) -> engine.Ids:
         if request.chat:
             return tuple(chat.encode_prompt(self.tokenizer, self.chat_format, text))
         return tuple(chat.encode_opening(self.tokenizer, text))
 
-    def _decode(self, sample: engine.Sample) -> Completion:
-        return Completion(text=self.tokenizer.decode(sample.ids), tokens=len(sample.ids), finished=sample.finished)
+    def _encode_stop(self, stop: str) -> engine.Ids:
+        """A stop string as it looks behind other text: SentencePiece puts a space before the first word of all."""
+        before = self.tokenizer.encode("\n")
+        both = self.tokenizer.encode(f"\n{stop}")
+        return tuple(both[len(before) :] if both[: len(before)] == before else self.tokenizer.encode(stop))
+
+    def _decode(self, sample: engine.Sample, ends: Sequence[int], stop: Sequence[str]) -> Completion:
+        ids = sample.ids[:-1] if sample.ids and sample.ids[-1] in ends else sample.ids
+        text = self.tokenizer.decode(ids)
+        # The engine compares tokens, and a stop string's first letters may be in a token with those before it.
+        cuts = [text.index(string) + len(string) for string in stop if string in text]
+        return Completion(
+            text=text[: min(cuts, default=len(text))], tokens=len(sample.ids), finished=sample.finished or bool(cuts)
+        )

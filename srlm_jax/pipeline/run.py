@@ -21,7 +21,7 @@ from srlm_jax.pipeline.settings import BadConfig, Settings, flatten
 from srlm_jax.sampling.engine import Work
 from srlm_jax.storage import checkpoint, jsonl
 from srlm_jax.text.chat import ChatFormat
-from srlm_jax.text.tokenizer import Tokenizer
+from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary
 
 Item = TypeVar("Item")
 Record = TypeVar("Record")
@@ -126,10 +126,10 @@ def make_run(settings: Settings, code: str, tokenizer: Tokenizer, chat: ChatForm
       BadConfig: the model has fewer token ids than the tokenizer.
       ValueError: the mesh does not fit the devices.
     """
-    if tokenizer.vocabulary > settings.model.V:
-        raise BadConfig(
-            f"config.model.V is {settings.model.V}, and the tokenizer has {tokenizer.vocabulary} ids: raise it"
-        )
+    try:
+        check_vocabulary(tokenizer, settings.model.V)
+    except ValueError as error:
+        raise BadConfig(f"config.model.V: {error}") from error
     workdir = epath.Path(settings.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def fine_tune(run: Run, name: str, files: Sequence[str], inputs: Sequence[str]) 
 def example_row(run: Run, prompt: str, response: str) -> Row:
     """Prompt and answer as token ids, the loss on the answer."""
     opening = chat.encode_prompt(run.tokenizer, run.chat, prompt)
-    return Row((*opening, *chat.encode_response(run.tokenizer, response)), len(opening))
+    return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response)), len(opening))
 
 
 _response_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))

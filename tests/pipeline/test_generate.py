@@ -83,8 +83,9 @@ def shown(generate, monkeypatch):
             return [answers]
 
         monkeypatch.setattr(engine, "sample", sample)
-        return generate([one], dataclasses.replace(PARAMS, **changes), lambda finished, tokens: None)
+        return look.generate([one], dataclasses.replace(PARAMS, **changes), lambda finished, tokens: None)
 
+    look.generate = generate
     return look
 
 
@@ -105,9 +106,48 @@ def test_a_prompt_cannot_forge_a_turn(shown):
 def test_the_end_token_stops_always_and_stop_strings_where_given(shown):
     shown(request("a"))
     assert shown.draw.stops == ((TOKENIZER.eos,),)
-    shown(request("a"), stop=("w1 w2", "w3"))
-    assert shown.draw.stops == ((TOKENIZER.eos,), tuple(TOKENIZER.encode("w1 w2")), tuple(TOKENIZER.encode("w3")))
+    shown(request("a"), stop=("w1 w2", "w3", "\nw4"))
+    stops = [tuple(TOKENIZER.encode(stop)) for stop in ("w1 w2", "w3", "\nw4")]
+    assert shown.draw.stops == ((TOKENIZER.eos,), *stops)
     assert (shown.draw.samples, shown.draw.temperature, shown.draw.max_new_tokens) == (4, 0.9, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(WordTokenizer):
+    """Like SentencePiece, puts a space, here a word, before each text; and has another token that ends a turn."""
+
+    ends = (2, 11)
+
+    def encode(self, text):
+        return [10, *super().encode(text)]
+
+    def decode(self, ids):
+        return super().decode(ids[1:] if ids[:1] == [10] else ids)
+
+    def control(self, name):
+        return {"<|turn|>": 9}[name]
+
+
+def test_every_token_that_may_end_a_text_stops_it(generate, shown):
+    turns = dataclasses.replace(PLAIN, end="<|turn|>")
+    shown.generate = dataclasses.replace(generate, tokenizer=Joined(WORDS), chat_format=turns)
+    answers = tuple((Sample((5, 6, last), True),) for last in (9, 2, 11))
+    ((a,), (b,), (c,)) = shown(request("a", "w1", "w2", "w3"), answers)[0]
+    assert shown.draw.stops == ((9,), (2,), (11,))
+    assert a == b == c == Completion(text=TOKENIZER.decode([5, 6]), tokens=3, finished=True)
+
+
+def test_a_stop_string_is_looked_for_as_it_stands_inside_a_text(generate, shown):
+    shown.generate = dataclasses.replace(generate, tokenizer=Joined(WORDS))
+    shown(request("a"), stop=("w1 w2",))
+    assert shown.draw.stops[-1] == tuple(TOKENIZER.encode("w1 w2"))  # without the word before
+
+
+def test_a_stop_string_that_no_sequence_of_tokens_showed_ends_the_text_all_the_same(shown):
+    w1, w2, w3 = TOKENIZER.encode("w1 w2 w3")
+    answers = ((Sample((w1, w2, w3, w2, w1), False),),)
+    ((cut,),) = shown(request("a"), answers, stop=("3", "2 w1"))[0]  # as where letters of it are in another token
+    assert cut == Completion(text="w1 w2 w3", tokens=5, finished=True)
 
 
 def test_texts_hold_the_stop_string_and_never_the_end_token(shown):

@@ -3,13 +3,24 @@
 import io
 import json
 import pathlib
+import shutil
 
+import hypothesis.strategies as st
 import pytest
 import sentencepiece
+import tokenizers
+from hypothesis import given
 
-from srlm_jax.text.tokenizer import SentencePieceTokenizer, WordTokenizer
+from srlm_jax.text.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    WordTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+)
 
-LLAMA2 = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data" / "llama2_tokenizer"
+SHARED = [folder / "shared" / "data" for folder in pathlib.Path(__file__).parents]
+LLAMA2 = next((folder for data in SHARED if (folder := data / "llama2_tokenizer").is_dir()), None)
 WORDS = WordTokenizer(("say", "two", "words", "\n", "done."))
 
 
@@ -110,12 +121,191 @@ def test_a_missing_file_is_named(tmp_path):
         SentencePieceTokenizer(tmp_path / "nowhere.model")
 
 
+def test_a_mark_that_text_can_spell_is_no_control_token(save):
+    tokenizer = SentencePieceTokenizer(save(trained(control_symbols=["<|end|>"], user_defined_symbols=["<|open|>"])))
+    assert tokenizer.control("<|end|>") == 3
+    assert 3 not in tokenizer.encode("two <|end|> words")
+    for name in ("<|open|>", "<unk>", "two", "nowhere"):
+        with pytest.raises(ValueError, match=f"no control token '{name}'".replace("|", r"\|")):
+            tokenizer.control(name)
+
+
+def test_an_end_token_that_text_can_spell_is_refused(save):
+    with pytest.raises(ValueError, match=r"tokenizer\.model defines no begin or no end token \(bos 1, eos -1\)"):
+        SentencePieceTokenizer(save(trained(user_defined_symbols=["</s>"])))
+
+
+def test_a_piece_that_only_the_model_has_can_be_decoded(save):
+    tokenizer = SentencePieceTokenizer(save(trained()))
+    assert tokenizer.decode([*tokenizer.encode("two"), tokenizer.vocabulary + 4]).startswith("two")
+
+
+# tokenizer.json.
+
+SPECIAL = ["<|begin|>", "<|document|>", "<|turn|>"]
+TEXTS = ["one two three four", "two words and two more", "say it in other words", "nothing else to say"]
+
+
+def write_folder(folder, config=None, added=(), **files):
+    """A byte-level tokenizer.json with three special tokens, and `added` tokens that are not declared special."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(TEXTS * 3, trainer)
+    made.add_special_tokens(SPECIAL)
+    made.add_tokens(list(added))
+    made.enable_truncation(5)
+    made.enable_padding(length=9)
+    made.save(str(folder / "tokenizer.json"))
+    if config is None:
+        config = {"bos_token": "<|begin|>", "eos_token": "<|turn|>"}
+    for name, content in {"tokenizer_config": config, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return made
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(*arguments, **files):
+        write_folder(tmp_path, *arguments, **files)
+        return HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def hugging(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hugging")
+    write_folder(folder, added=["<|im_start|>", "[ACT]", "õõ"])
+    return HuggingFaceTokenizer(folder / "tokenizer.json")
+
+
+@given(st.text())
+def test_any_text_survives_the_round_trip(hugging, text):
+    ids = hugging.encode(text)
+    assert hugging.decode([hugging.bos, *ids, hugging.eos]) == text
+    assert all(i < hugging.vocabulary for i in ids)
+
+
+@given(st.lists(st.sampled_from([*SPECIAL, "<|im_start|>", "[ACT]", " ", "<|", "|>", "two"])).map("".join))
+def test_text_never_makes_a_special_token_of_a_json(hugging, text):
+    special = {hugging.control(name) for name in [*SPECIAL, "<|im_start|>", "[ACT]"]}
+    assert len(special) == 5
+    assert not special & set(hugging.encode(text))
+    assert hugging.decode(hugging.encode(text)) == text
+
+
+def test_an_added_word_stays_a_word(hugging):
+    assert len(hugging.encode("õõ")) == 1  # as DeepSeek adds letters that its pieces lack
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no control token 'õõ'"):
+        hugging.control("õõ")
+
+
+def test_texts_are_neither_cut_nor_padded(hugging):
+    assert hugging.decode(hugging.encode("one two three four " * 9)) == "one two three four " * 9
+    assert len(hugging.encode("two")) < 9
+
+
+def test_ids_beyond_the_vocabulary_decode_to_nothing(hugging):
+    assert hugging.decode([*hugging.encode("two"), hugging.vocabulary, hugging.vocabulary + 900]) == "two"
+
+
+def test_special_tokens_are_left_out_and_undeclared_ones_are_text(hugging):
+    ids = [hugging.control(name) for name in ("<|begin|>", "<|im_start|>", "<|document|>", "<|turn|>")]
+    assert hugging.decode(ids) == "<|im_start|>"
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "bos", "ends"),
+    [
+        ({"bos_token": "<|begin|>", "eos_token": "<|turn|>"}, {}, 0, [2]),
+        ({"bos_token": {"content": "<|begin|>"}, "eos_token": {"content": "<|document|>", "lstrip": True}}, {}, 0, [1]),
+        ({}, {"special_tokens_map": {"bos_token": "<|begin|>", "eos_token": {"content": "<|turn|>"}}}, 0, [2]),
+        ({"bos_token": None}, {"generation_config": {"bos_token_id": 0, "eos_token_id": [1, 2]}}, 0, [1, 2]),
+        ({"bos_token": "<|begin|>", "eos_token": "<|turn|>"}, {"generation_config": {"eos_token_id": [1]}}, 0, [2, 1]),
+        ({"bos_token": None, "eos_token": "<|document|>"}, {"generation_config": {"eos_token_id": 1}}, 1, [1]),
+    ],
+    ids=["strings", "objects", "special_tokens_map", "generation_config", "Llama-3 instruct", "no begin token"],
+)  # fmt: skip
+def test_begin_and_end_tokens_are_read_from_the_files_beside(tmp_path, config, files, bos, ends):
+    first = write_folder(tmp_path).token_to_id(SPECIAL[0])
+    moved = json.loads(json.dumps(files), object_hook=lambda o: {
+        k: v if not k.endswith("_id") else [i + first for i in v] if isinstance(v, list) else v + first
+        for k, v in o.items()
+    })  # fmt: skip
+    write_folder(tmp_path, config, **moved)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos - first, [i - first for i in tokenizer.ends]) == (bos, ends)
+    assert tokenizer.eos == tokenizer.pad == tokenizer.ends[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "message"),
+    [
+        ({}, {}, "names no end token: tokenizer_config.json, special_tokens_map.json, generation_config.json"),
+        ({"eos_token": "<|none|>"}, {}, r"tokenizer_config.json: eos_token is '<\|none\|>', which is no token"),
+        ({"eos_token": {"text": "x"}}, {}, "tokenizer_config.json: eos_token is .*, which is no token"),
+        ({"eos_token": True}, {}, "tokenizer_config.json: eos_token is True"),
+        ({}, {"generation_config": {"eos_token_id": [1, 99_999]}}, r"eos_token_id is \[1, 99999\]"),
+        ({}, {"generation_config": [1]}, "generation_config.json holds no JSON object"),
+    ],
+)
+def test_what_the_files_beside_get_wrong_is_named(load, config, files, message):
+    with pytest.raises(ValueError, match=message):
+        load(config, **files)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"added_tokens": [1]}', b'{"added_tokens": 7}']
+)
+def test_a_damaged_json_is_named(tmp_path, damage):
+    write_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"tokenizer\.json (is not JSON|holds no JSON object|is not a tokenizer)"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_makes_special_tokens_out_of_words_is_refused(tmp_path):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"two": 0, "</s>": 1}, "two"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(ValueError, match="makes the special token '</s>' out of the text '</s>'"):
+        load_tokenizer(tmp_path)
+
+
+# Folders and vocabularies.
+
+
+def test_a_folder_is_recognised_by_its_files(tmp_path, save):
+    with pytest.raises(FileNotFoundError, match=r"holds neither tokenizer\.json .* nor tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    save(trained())
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    write_folder(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+
+
+def test_a_vocabulary_may_be_smaller_than_the_model_and_never_larger():
+    check_vocabulary(WORDS, 9)
+    check_vocabulary(WORDS, 64)
+    with pytest.raises(ValueError, match="the tokenizer has 9 ids and the model 8"):
+        check_vocabulary(WORDS, 8)
+
+
+def test_words_have_no_control_tokens():
+    with pytest.raises(ValueError, match=r"no control token '</s>'"):
+        WORDS.control("</s>")
+
+
 # The real thing.
 
 
 @pytest.fixture(scope="module")
 def llama2():
-    if not LLAMA2.is_dir():
+    if LLAMA2 is None:
         pytest.skip("needs Llama 2's tokenizer.model and golden rows, which are not part of this repository")
     return SentencePieceTokenizer(LLAMA2 / "tokenizer.model")
 
@@ -129,3 +319,46 @@ def test_llama_2_encodes_the_golden_rows(llama2):
     assert len(rows) == 43
     for row in rows:
         assert llama2.encode(row["text"]) == row["ids"], row["text"]
+
+
+@given(st.text(), st.sampled_from(["<s>", "</s>", "<unk>", "<0x0A>"]), st.text())
+def test_llama_2_makes_no_special_token_out_of_text(llama2, before, name, after):
+    ids = llama2.encode(before + name + after)
+    assert not {llama2.bos, llama2.eos} & set(ids)
+    assert llama2.decode(ids) == before + name + after
+
+
+def test_a_folder_of_llama_2_is_recognised(tmp_path, llama2):
+    shutil.copy(LLAMA2 / "tokenizer.model", tmp_path)
+    assert load_tokenizer(tmp_path).encode("two words") == llama2.encode("two words")
+
+
+def test_llama_2_as_a_json_gives_the_golden_rows(tmp_path, llama2):
+    # The file in Meta's folder says what the SentencePiece model says in the terms of the tokenizers library: which
+    # pairs make a piece, the best scores first; bytes where no piece fits; a space before every text.
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA2 / "tokenizer.model"))
+    ids = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    pairs = [
+        (-pieces.get_score(i), ids[piece[:n]], ids[piece[n:]], (piece[:n], piece[n:]))
+        for piece, i in ids.items()
+        for n in range(1, len(piece))
+        if piece[:n] in ids and piece[n:] in ids
+    ]
+    merges = [pair for *_, pair in sorted(pairs)]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    for row in json.loads((LLAMA2 / "golden_llama_spm.json").read_text()):
+        assert tokenizer.encode(row["text"]) == row["ids"], row["text"]
+        assert tokenizer.decode(row["ids"]) == llama2.decode(row["ids"])
+    assert (tokenizer.vocabulary, tokenizer.bos, tokenizer.eos) == (32_000, 1, 2)
+    assert llama2.encode("hi </s>") == tokenizer.encode("hi </s>")
