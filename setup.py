@@ -43,6 +43,8 @@ setup(
     extras_require={
         "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
         "cuda": [f"jax[cuda12]>=0.10.2,<0.11; {OLD}", f"jax[cuda12]>=0.11.1; {NEW}"],
+        # To read Parquet files.
+        "data": ["pyarrow>=15"],
         "test": [
             "beartype>=0.18",
             "hypothesis>=6.100",

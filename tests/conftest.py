@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+from pathlib import Path
 
 # These tests compile much and run little, so the compiler's own optimisations cost more than they bring.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
@@ -31,6 +32,23 @@ def pytest_runtest_setup(item):
         pytest.fail(f"SRLM_REQUIRE_PARITY=1, and {', '.join(missing)} cannot be imported", pytrace=False)
     if missing:
         pytest.skip("needs the extra `parity`")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data("oasst/en_100_tree.jsonl")`: a public file that is not part of the project, or the test is skipped.
+
+    They lie in a folder shared/data beside the checkout or beside a folder that it is in.
+    """
+
+    def find(name):
+        places = [folder / "shared" / "data" / name for folder in Path(__file__).resolve().parents[2:]]
+        found = [place for place in places if place.exists()]
+        if not found:
+            pytest.skip(f"needs ../shared/data/{name}, which is not part of the project")
+        return found[0]
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The data a run starts from: the embedded world, the seed split, and whether all prompts will fit."""
 
-from srlm_jax.data import trees, world_corpus
+from srlm_jax.data import oasst, trees, world_corpus
 from srlm_jax.judge import rubric as rubrics
 from srlm_jax.pipeline.ledger import Outcome
 from srlm_jax.pipeline.run import Run
@@ -35,12 +35,11 @@ def split_seed(run: Run) -> None:
     """Message trees -> IFT examples, ranked EFT training prompts, ranked EFT evaluation prompts (section 3.1.1)."""
 
     def work() -> Outcome:
-        split = trees.split_seed(
-            trees.read_trees(run.workdir / "world" / "trees.jsonl"), run.settings.seed_data, run.settings.seed
-        )
+        export = oasst.read_export(run.workdir / "world" / "trees.jsonl")
+        split = trees.split_seed(export.trees, run.settings.seed_data, run.settings.seed)
         for name in ("ift", "eft_train", "eft_eval"):
             jsonl.write(run.workdir / "seed" / f"{name}.jsonl", getattr(split, name))
-        return Outcome(split.counts, None)
+        return Outcome(export.counts | split.counts, None)
 
     run.ledger.run("seed", work, config=run.config("seed_data"), inputs=("world",), outputs=("seed",))
     check_lengths(run)
