@@ -50,6 +50,7 @@ def read_export(source: epath.PathLike) -> Export:
     Raises:
       BadRecord, naming file, line and field: the file is damaged, a row lacks what is needed, an id occurs twice,
         messages are one another's parents in a circle, or somebody answers himself.
+      MissingExtra, OSError: as `rows.read` does.
     """
     found = rows.read(source, tuple(dict.fromkeys(_NESTED + _FLAT)))
     where, first = next(found)
