@@ -1,8 +1,9 @@
 """Open Assistant's exports, in each form in which people have them -> message trees for `srlm_jax.data.trees`.
 
 Nested: one tree a line, as in `*_ready.trees.jsonl.gz`. Flat: one message a row that names its parent, as in
-`*_ready.messages.jsonl.gz` or in the rows of the data set's Parquet files. Which of the two a file is shows in its
-first row. Keys that are unset may be absent or null; keys that are not needed (labels, emojis, ...) are not looked at.
+`*_ready.messages.jsonl.gz`, in the rows of the data set's Parquet files, or in what `oasst_builder` makes. Which of the
+two it is shows in the first row. Keys that are unset may be absent or null; keys that are not needed (labels, emojis,
+...) are not looked at.
 """
 
 import collections
@@ -18,6 +19,8 @@ from srlm_jax.storage.rows import ADVICE
 
 _NESTED = ("message_tree_id", "prompt")
 _FLAT = ("message_id", "parent_id", "text", "role", "lang", "deleted", "rank")
+# What stands for null in a TFDS data set, which has none.
+TFDS_NULLS = {"parent_id": "", "lang": "", "rank": -1}
 _ANSWERED_BY = {"prompter": "assistant", "assistant": "prompter"}
 
 
@@ -53,6 +56,8 @@ def read_export(source: epath.PathLike) -> Export:
       MissingExtra, OSError: as `rows.read` does.
     """
     found = rows.read(source, tuple(dict.fromkeys(_NESTED + _FLAT)))
+    if rows.is_tfds(source):
+        found = ((where, _with_nulls(row)) for where, row in found)
     where, first = next(found)
     found = itertools.chain([(where, first)], found)
     if "prompt" in first:
@@ -95,6 +100,24 @@ def survey(trees: Sequence[dict]) -> collections.Counter[str]:
                 counts[f"{prefix}ranked_prompts"] += 1
                 counts[f"{prefix}ordered_pairs"] += pairs
     return counts
+
+
+def messages(trees: Iterable[dict]) -> Iterator[dict]:
+    """The flat messages of trees, each after its parent, with the keys of `TFDS_NULLS` and message_id, text, role and
+    deleted; null where one is unset."""
+    for tree in trees:
+        waiting = [(tree["prompt"], None)]
+        while waiting:
+            message, parent = waiting.pop()
+            yield {name: message.get(name) for name in _FLAT} | {
+                "parent_id": parent,
+                "deleted": bool(message.get("deleted")),
+            }
+            waiting += [(reply, message["message_id"]) for reply in reversed(message.get("replies") or [])]
+
+
+def _with_nulls(row: dict) -> dict:
+    return {name: None if name in TFDS_NULLS and value == TFDS_NULLS[name] else value for name, value in row.items()}
 
 
 def _nested(found: Iterable[tuple[str, dict]]) -> list[dict]:

@@ -3,9 +3,9 @@
 What a file is shows in its first bytes, not in its name. Every error names the file and the line or row.
 
 A data set of TensorFlow Datasets is called "tfds:NAME[/CONFIG][:SPLIT][?OURS=THEIRS&...]", as in
-"tfds:my_answers:train?prompt=question&response=answer": the split is "train" where none is given, a column bears our name
-where none is given. It has been prepared as array_record, in TFDS's own folder (TFDS_DATA_DIR sets another);
-TensorFlow is not needed.
+"tfds:my_answers:train?prompt=question&response=answer". Without a split it is "train"; columns that are not mapped bear
+our names. It has been prepared as array_record, in TFDS's own folder (TFDS_DATA_DIR sets another); TensorFlow is not
+needed.
 """
 
 import gzip
@@ -118,7 +118,10 @@ def _tfds_builder(source: str) -> Any:
         import tensorflow_datasets
     except ModuleNotFoundError as error:
         raise MissingExtra(f"{source} needs tensorflow-datasets: pip install 'srlm_jax[data]'") from error
-    advice = f"prepare it first: tfds build {match['name']} --file_format=array_record"
+    advice = (
+        f"prepare it first: tensorflow_datasets.builder('{match['name']}', file_format='array_record')"
+        ".download_and_prepare()"
+    )
     try:
         builder = tensorflow_datasets.builder(match["name"])
     except ValueError as error:  # DatasetNotFoundError too
@@ -141,8 +144,9 @@ def _tfds_rows(source: str, columns: Sequence[str]) -> Iterator[tuple[str, dict]
     try:
         examples = builder.as_data_source(match["split"] or "train")
     except (ValueError, KeyError, NotImplementedError) as error:
+        splits = ", ".join(sorted(builder.info.splits))
         raise jsonl.BadRecord(
-            f"{source}: {str(error).strip().splitlines()[0]} It has the splits {', '.join(sorted(builder.info.splits))}, "
+            f"{source}: {str(error).strip().splitlines()[0]} It has the splits {splits}, "
             f"in files of {builder.info.file_format.value}; only array_record can be read"
         ) from error
     for number in range(len(examples)):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from srlm_jax.data.oasst import read_export, survey
+from srlm_jax.data.oasst import messages, read_export, survey
 from srlm_jax.data.trees import SeedRules, split_seed
 from srlm_jax.storage import rows
 from srlm_jax.storage.jsonl import BadRecord
@@ -39,18 +39,6 @@ def message(name, parent, **change):
     role = "prompter" if parent is None or name.startswith("q") else "assistant"
     row = {"message_id": name, "parent_id": parent, "text": f"text {name}", "role": role, "lang": "en"}
     return row | {"deleted": False, "rank": None, "labels": None, "emojis": {"name": ["+1"], "count": [1]}} | change
-
-
-def flatten(trees):
-    """The messages of nested trees as flat rows; roots come without a parent."""
-    found = []
-    waiting = [(one["prompt"], None) for one in trees]
-    while waiting:
-        node, parent = waiting.pop(0)
-        row = {name: value for name, value in node.items() if name not in ("replies", "parent_id")}
-        found.append(row if parent is None else row | {"parent_id": parent})
-        waiting += [(child, node["message_id"]) for child in node.get("replies") or []]
-    return found
 
 
 def write(path, documents):
@@ -98,9 +86,9 @@ def test_nested_trees_of_open_assistant(shared_data):
 
 def test_flat_and_nested_give_the_same_seed_data(shared_data, tmp_path):
     nested = read_export(shared_data("oasst/en_100_tree.jsonl"))
-    messages = flatten(nested.trees)
-    random.Random(0).shuffle(messages)
-    flat = read_rows(tmp_path, *messages)
+    flattened = list(messages(nested.trees))
+    random.Random(0).shuffle(flattened)
+    flat = read_rows(tmp_path, *flattened)
     assert flat.counts == nested.counts
     rules = SeedRules(lang="en", min_ranked=2, ift_prompts=50, eft_train_prompts=30, eft_eval_prompts=15)
     assert split_seed(flat.trees, rules, 0) == split_seed(nested.trees, rules, 0)
@@ -139,8 +127,8 @@ def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_messages_are_linked_in_any_order(tmp_path):
-    messages = [message("b", "q", rank=1), message("q2", "a"), message("a", "q", rank=0), message("q", None)]
-    (linked,) = read_rows(tmp_path, *messages).trees
+    shuffled = [message("b", "q", rank=1), message("q2", "a"), message("a", "q", rank=0), message("q", None)]
+    (linked,) = read_rows(tmp_path, *shuffled).trees
     assert linked["message_tree_id"] == "q"
     first, second = linked["prompt"]["replies"]
     assert [(r["message_id"], r["rank"]) for r in (first, second)] == [("b", 1), ("a", 0)]
@@ -182,12 +170,11 @@ def test_a_circle_names_a_message_on_it(tmp_path):
         read_rows(tmp_path, message("q1", "q1"))
 
 
-@pytest.mark.parametrize("names", [("q", "a", "a"), ("q", "q", "a")])
+@pytest.mark.parametrize("names", [("q", "a", "a", "b"), ("a", "q", "q")])
 def test_an_id_that_occurs_twice_is_named_with_both_lines(tmp_path, names):
-    messages = [message(name, None if name == "q" else "q") for name in names]
-    twice = names[1] if names[1] == names[0] else names[2]
+    (twice,) = {name for name in names if names.count(name) == 2}
     with pytest.raises(BadRecord, match=rf"x\.jsonl:\d: message_id '{twice}' is already that of .*x\.jsonl:\d;"):
-        read_rows(tmp_path, *messages)
+        read_rows(tmp_path, *(message(name, None if name == "q" else "q") for name in names))
 
 
 def without(name):
