@@ -46,6 +46,9 @@ setup(
         "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
         "cuda": [f"jax[cuda12]>=0.10.2,<0.11; {OLD}", f"jax[cuda12]>=0.11.1; {NEW}"],
         "openai": ["openai>=1.40"],  # a server as a source of completions
+        # Parquet files and TensorFlow Datasets (no TensorFlow): 190 MB, a quarter more than the base install. The last
+        # is needed to prepare data sets, and tensorflow-datasets 4.9.10 does not say so.
+        "data": ["pyarrow>=15", "tensorflow-datasets>=4.9.10", "importlib-resources>=5"],
         "test": [
             "beartype>=0.18",
             "hypothesis>=6.100",

@@ -75,8 +75,14 @@ def tiny() -> ConfigDict:
             "rank_noise": 0.4,
         }
     )
+    # Nothing: the embedded world's trees. Else an Open Assistant export, or three sources of one's own.
+    c.seed_data = ConfigDict()
+    c.seed_data.trees = config_dict.placeholder(str)
+    c.seed_data.ift = config_dict.placeholder(str)
+    c.seed_data.eft_train = config_dict.placeholder(str)
+    c.seed_data.eft_eval = config_dict.placeholder(str)
     # Section 3.1.1 has 3,200 IFT examples, about 570 EFT training prompts and 190 for evaluation.
-    c.seed_data = ConfigDict(
+    c.seed_data.rules = ConfigDict(
         {"lang": "en", "min_ranked": 2, "ift_prompts": 1_000, "eft_train_prompts": 570, "eft_eval_prompts": 190}
     )
 
@@ -113,6 +119,7 @@ def tiny() -> ConfigDict:
     )
 
     c.self_instruction = ConfigDict()
+    c.self_instruction.prompts_file = config_dict.placeholder(str)  # a fixed set of prompts instead of new ones
     c.self_instruction.prompts = 600
     c.self_instruction.max_candidates = 12_000
     c.self_instruction.batch = 192
@@ -160,7 +167,7 @@ def smoke() -> ConfigDict:
     c.model.update({"D": 64, "L": 2, "F": 192})
     c.engine.rows = 96
     c.world.update({"documents": 3_000, "trees": 200, "replies": (2, 3), "held_out": 48})
-    c.seed_data.update({"ift_prompts": 100, "eft_train_prompts": 60, "eft_eval_prompts": 24})
+    c.seed_data.rules.update({"ift_prompts": 100, "eft_train_prompts": 60, "eft_eval_prompts": 24})
     c.pretraining.train.update({"steps": 160, "batch_size": 16, "checkpoint_every": 50})
     c.pretraining.train.optimizer.update({"learning_rate": 6e-3, "end_learning_rate": 6e-4, "warmup_steps": 20})
     c.sft.train.update({"steps": 20, "batch_size": 16, "checkpoint_every": 10})

@@ -20,7 +20,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """An instruction. `origin` says where it came from: "seed" or "self-instruct"."""
+    """An instruction. `origin` says where it came from: "seed", "self-instruct" or "user"."""
 
     id: str
     text: str

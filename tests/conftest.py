@@ -35,6 +35,23 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data("oasst/en_100_tree.jsonl")`: a public file that is not part of the project, or the test is skipped.
+
+    They lie in a folder shared/data beside the checkout or beside a folder that it is in.
+    """
+
+    def find(name):
+        places = [folder / "shared" / "data" / name for folder in Path(__file__).resolve().parents[2:]]
+        found = [place for place in places if place.exists()]
+        if not found:
+            pytest.skip(f"needs ../shared/data/{name}, which is not part of the project")
+        return found[0]
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
     """Every mechanism of the large models, in 7 thousand parameters."""
     from srlm_jax.model.config import LlamaConfig

@@ -2,22 +2,17 @@
 
 One tree per line: {"message_tree_id", "prompt": {"message_id", "text", "role", "lang", "deleted", "replies": [...]}},
 each reply a message of the same form with a "rank" (0 is the best) where humans ranked it. Only the first turn is
-used: the prompt and its direct replies.
+used: the prompt and its direct replies. `srlm_jax.data.oasst` reads such trees from
+files and checks them.
 """
 
 import collections
 import dataclasses
 import enum
-import gzip
 import hashlib
 from collections.abc import Sequence
 
-from etils import epath
-
 from srlm_jax.records import Example, RankedPrompt
-from srlm_jax.storage import jsonl
-
-_ADVICE = "correct the line or remove it"
 
 
 class SeedDrop(enum.StrEnum):
@@ -78,26 +73,6 @@ class _Tree:
     ranked: RankedPrompt | None
 
 
-def read_trees(path: epath.PathLike) -> list[dict]:
-    """The trees of a JSON Lines file (".gz" is unpacked), checked as far as `split_seed` reads them.
-
-    Raises jsonl.BadRecord, a ValueError, naming file, line and field.
-    """
-    path = epath.Path(path)
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise jsonl.BadRecord(f"{path}: not a whole gzip file ({error}); fetch it again") from error
-    trees = []
-    for where, document in jsonl.parse_lines(data, str(path)):
-        _check_message(_field(document, "prompt", dict, where, "prompt"), where, "prompt", "prompter")
-        _field(document, "message_tree_id", str, where, "message_tree_id")
-        trees.append(document)
-    return trees
-
-
 def split_seed(trees: Sequence[dict], rules: SeedRules, seed: int) -> SeedSplit:
     """Divides the trees first and converts them after: no prompt, nor its text, is on two sides (paper 3.1.1).
 
@@ -150,6 +125,11 @@ def split_seed(trees: Sequence[dict], rules: SeedRules, seed: int) -> SeedSplit:
     )
 
 
+def same_text_key(prompt: str) -> str:
+    """What two prompts share that are the same but for case and white space."""
+    return " ".join(prompt.split()).casefold()
+
+
 def _distinct_prompts(trees: Sequence[dict], lang: str, seed: int, counts: collections.Counter) -> list[dict]:
     """The trees with a prompt to use, in hash order, one of each prompt text."""
     ids = collections.Counter(tree["message_tree_id"] for tree in trees)
@@ -160,7 +140,7 @@ def _distinct_prompts(trees: Sequence[dict], lang: str, seed: int, counts: colle
     kept = []
     for tree in sorted(trees, key=lambda tree: _place(seed, tree["message_tree_id"])):
         prompt = tree["prompt"]
-        text = " ".join(prompt["text"].split()).casefold()
+        text = same_text_key(prompt["text"])
         if prompt.get("lang") != lang:
             counts[SeedDrop.OTHER_LANGUAGE] += 1
         elif prompt.get("deleted"):
@@ -209,31 +189,3 @@ def _convert(tree: dict, rules: SeedRules, seed: int, counts: collections.Counte
 
 def _place(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
-
-
-def _check_message(message: dict, where: str, path: str, role: str) -> None:
-    for name in ("message_id", "text"):
-        _field(message, name, str, where, f"{path}.{name}")
-    if (found := _field(message, "role", str, where, f"{path}.role")) != role:
-        raise jsonl.BadRecord(f"{where}: field '{path}.role': expected '{role}', found {found!r}; {_ADVICE}")
-    # Open Assistant's export leaves out what is unset; its flat form writes null.
-    for name, kind in (("lang", str), ("deleted", bool), ("rank", int), ("replies", list)):
-        if message.get(name) is not None:
-            _field(message, name, kind, where, f"{path}.{name}")
-    if (message.get("rank") or 0) < 0:
-        raise jsonl.BadRecord(f"{where}: field '{path}.rank': expected 0 or more, found {message['rank']}; {_ADVICE}")
-    if role == "prompter":
-        for index, reply in enumerate(message.get("replies") or []):
-            inner = f"{path}.replies[{index}]"
-            if not isinstance(reply, dict):
-                raise jsonl.BadRecord(f"{where}: field '{inner}': expected an object, found {reply!r:.60}; {_ADVICE}")
-            _check_message(reply, where, inner, "assistant")
-
-
-def _field(document: object, name: str, kind: type, where: str, path: str) -> object:
-    if not isinstance(document, dict) or name not in document:
-        raise jsonl.BadRecord(f"{where}: field '{path}': missing; {_ADVICE}")
-    value = document[name]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise jsonl.BadRecord(f"{where}: field '{path}': expected {kind.__name__}, found {value!r:.60}; {_ADVICE}")
-    return value

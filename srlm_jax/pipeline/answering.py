@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
+from srlm_jax.data import sources
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
-from srlm_jax.pipeline.run import Run, progress
+from srlm_jax.pipeline.run import Run, naming, progress
 from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import (
     Example,
     Generate,
     Prompt,
+    RankedPrompt,
     Request,
     Responses,
     SamplingParams,
@@ -40,9 +42,13 @@ def _generator(run: Run, current: str) -> Llama:
 
 
 def create_prompts(run: Run, name: str, start: str) -> None:
-    """Self-instruction creation: 8-shot prompting, then Self-Instruct's filters (section 2.2)."""
+    """Self-instruction creation: 8-shot prompting, then Self-Instruct's filters (section 2.2); or the user's prompts,
+    where there are some."""
     s = run.settings.self_instruction
     stage = f"{name}/prompts"
+    if s.prompts_file is not None:
+        _take_prompts(run, name)
+        return
 
     def work() -> Outcome:
         model = _generator(run, start)
@@ -94,6 +100,30 @@ def create_prompts(run: Run, name: str, start: str) -> None:
         inputs=("seed", *inputs),
         outputs=(f"{name}/prompts", f"{name}/candidates"),
     )
+
+
+def _take_prompts(run: Run, name: str) -> None:
+    """The user's prompts, the same in every round, but for those of the EFT evaluation and those that are too long."""
+    stage, source = f"{name}/prompts", run.settings.self_instruction.prompts_file
+
+    def work() -> Outcome:
+        with naming("config.self_instruction.prompts_file"):
+            given = sources.read_prompts(source, "prompt")
+        evaluated = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
+        prompts, counts = sources.usable_prompts(given, evaluated)
+        fitting = [p for p in prompts if _prompt_tokens(run, p.text) <= run.settings.max_prompt_tokens]
+        counts |= {str(Rejection.TOO_MANY_TOKENS): len(prompts) - len(fitting)}
+        if not fitting:
+            raise EmptyStage(
+                f"{stage}: none of the {len(given)} prompts of config.self_instruction.prompts_file can be used "
+                f"({counts}); look at config.max_prompt_tokens, or give others"
+            )
+        jsonl.write(jsonl.shard(run.workdir / name / "prompts", 0), fitting)
+        return Outcome({"kept": len(fitting)} | {reason: count for reason, count in counts.items() if count}, None)
+
+    contents = run.contents(self_instruction__prompts_file=source)
+    config = run.config("self_instruction.prompts_file", "max_prompt_tokens") | contents
+    run.ledger.run(stage, work, config=config, inputs=("seed",), outputs=(f"{name}/prompts",))
 
 
 def _prompt_tokens(run: Run, text: str) -> int:

@@ -86,6 +86,8 @@ class Ledger:
         if known is not None and known["status"] == "removed":
             self._remove(known)  # a redo that was killed
             known = None
+        if known is not None and known["status"] == "started" and not self._made(known):
+            known = None  # it failed before it made anything, over its input perhaps: free to be begun otherwise
         if known is not None:
             self._compare(known, identity)
         # Only the first process of a job writes; on all of them the work is entered.
@@ -107,6 +109,9 @@ class Ledger:
                 jsonl.write_json(self._path(stage), known)
         digest = hashlib.sha256(json.dumps([identity, known["model"]], sort_keys=True).encode())
         self._identity[stage] = digest.hexdigest()[:16]
+
+    def _made(self, entry: dict) -> bool:
+        return any((self.workdir / output).exists() for output in entry["outputs"])
 
     def _compare(self, known: dict, wanted: dict) -> None:
         stage = wanted["stage"]

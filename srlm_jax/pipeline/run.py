@@ -19,7 +19,7 @@ from srlm_jax.pipeline.generate import ModelGenerate, stage_key
 from srlm_jax.pipeline.ledger import Ledger
 from srlm_jax.pipeline.settings import BadConfig, Settings, flatten
 from srlm_jax.sampling.engine import Work
-from srlm_jax.storage import checkpoint, jsonl
+from srlm_jax.storage import checkpoint, jsonl, rows
 from srlm_jax.text.chat import ChatFormat
 from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary
 
@@ -45,6 +45,21 @@ class Run:
         flat = flatten(self.settings, "config")
         wanted = [f"config.{field}" for field in (*fields, "seed")]
         return {n: v for n, v in flat.items() if any(n == field or n.startswith(f"{field}.") for field in wanted)}
+
+    def contents(self, **sources: str | None) -> dict[str, object]:
+        """A hash of what each source holds that is given, by the name of its field with two underscores for each dot:
+        in a stage's config it tells the ledger of a file that has changed under its old name.
+
+        Raises:
+          BadConfig: there is nothing to read; the message names the field.
+        """
+        found = {}
+        for name, source in sources.items():
+            if source is not None:
+                field = f"config.{name.replace('__', '.')}"
+                with naming(field):
+                    found[f"{field} (content)"] = rows.digest(source)
+        return found
 
     def load(self, folder: epath.Path, mesh: jax.sharding.Mesh, table: dict[str, rules.MeshAxes]) -> Llama:
         """A model from its checkpoint, straight into its place on the mesh."""
@@ -99,6 +114,18 @@ class Run:
                     continue
                 jsonl.write(jsonl.shard(folder, index), work(part, report))
         return jsonl.read(folder, cls) if len(starts) else []
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """What cannot be read inside is told with the name of the configuration's field that asks for it.
+
+    Raises BadConfig in place of an OSError or a ValueError.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"{field}: {error}") from error
 
 
 @contextmanager

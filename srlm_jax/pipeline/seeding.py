@@ -1,9 +1,10 @@
 """The data a run starts from: the embedded world, the seed split, and whether all prompts will fit."""
 
-from srlm_jax.data import trees, world_corpus
+from srlm_jax.data import oasst, sources, trees, world_corpus
+from srlm_jax.data.trees import SeedSplit
 from srlm_jax.judge import rubric as rubrics
 from srlm_jax.pipeline.ledger import Outcome
-from srlm_jax.pipeline.run import Run
+from srlm_jax.pipeline.run import Run, naming
 from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import (
     Document,
@@ -32,18 +33,54 @@ def make_world(run: Run) -> None:
 
 
 def split_seed(run: Run) -> None:
-    """Message trees -> IFT examples, ranked EFT training prompts, ranked EFT evaluation prompts (section 3.1.1)."""
+    """The IFT examples and the ranked EFT prompts for training and evaluation (section 3.1.1): from message trees, the
+    world's or Open Assistant's, or as the user has divided them.
+
+    Raises:
+      BadConfig: a source cannot be read or used, with the name of its field; or what `check_lengths` refuses.
+    """
+    s = run.settings.seed_data
 
     def work() -> Outcome:
-        split = trees.split_seed(
-            trees.read_trees(run.workdir / "world" / "trees.jsonl"), run.settings.seed_data, run.settings.seed
-        )
+        if s.ift is not None:
+            split, counts = _own_split(run), {}
+            run.settings.check_demonstrations("config.seed_data.ift: examples that can be used:", len(split.ift))
+        else:
+            with naming("config.seed_data.trees"):
+                export = oasst.read_export(s.trees or run.workdir / "world" / "trees.jsonl")
+            with naming("config.seed_data.rules"):
+                split, counts = trees.split_seed(export.trees, s.rules, run.settings.seed), export.counts
         for name in ("ift", "eft_train", "eft_eval"):
             jsonl.write(run.workdir / "seed" / f"{name}.jsonl", getattr(split, name))
-        return Outcome(split.counts, None)
+        return Outcome(counts | split.counts, None)
 
-    run.ledger.run("seed", work, config=run.config("seed_data"), inputs=("world",), outputs=("seed",))
+    contents = run.contents(
+        seed_data__trees=s.trees,
+        seed_data__ift=s.ift,
+        seed_data__eft_train=s.eft_train,
+        seed_data__eft_eval=s.eft_eval,
+    )
+    own = s.trees is not None or s.ift is not None
+    run.ledger.run(
+        "seed",
+        work,
+        config=run.config("seed_data") | contents,
+        inputs=() if own else ("world",),
+        outputs=("seed",),
+    )
     check_lengths(run)
+
+
+def _own_split(run: Run) -> SeedSplit:
+    s = run.settings.seed_data
+    with naming("config.seed_data.ift"):
+        ift = sources.read_examples(s.ift, "ift")
+    with naming("config.seed_data.eft_train"):
+        eft_train = sources.read_ranked(s.eft_train, "eft-train")
+    with naming("config.seed_data.eft_eval"):
+        eft_eval = sources.read_ranked(s.eft_eval, "eft-eval")
+    with naming("config.seed_data"):
+        return sources.without_overlap(ift, eft_train, eft_eval)
 
 
 def check_lengths(run: Run) -> None:
@@ -66,6 +103,8 @@ def check_lengths(run: Run) -> None:
             f"config.judging.max_new_tokens {s.judging.max_new_tokens} = {needed} > config.context_length "
             f"{s.context_length}: lower one or raise the last"
         )
+    if s.self_instruction.prompts_file is not None:
+        return
     shots = s.self_instruction.from_seeds + s.self_instruction.from_generated
     frame = len(chat.encode_opening(run.tokenizer, self_instruct.creation_prompt(["x"] * shots)))
     needed = frame + shots * s.max_prompt_tokens + s.self_instruction.sampling.max_new_tokens

@@ -25,6 +25,30 @@ class BadConfig(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedData:
+    """Where the human data come from: the embedded world (nothing is given), an Open Assistant export, or three sources
+    of one's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`."""
+
+    trees: str | None  # of Open Assistant: see `srlm_jax.data.oasst`
+    ift: str | None  # these three, all or none: see `srlm_jax.data.sources`
+    eft_train: str | None
+    eft_eval: str | None
+    rules: SeedRules  # how trees are divided
+
+    def __post_init__(self):
+        own = {name: getattr(self, name) for name in ("ift", "eft_train", "eft_eval")}
+        given = [name for name, source in own.items() if source is not None]
+        absent = [name for name, source in own.items() if source is None]
+        if given and absent:
+            raise BadConfig(
+                f"config.seed_data.{absent[0]} is not given, and config.seed_data.{given[0]} is: give all of "
+                f"{', '.join(own)}, or none of them"
+            )
+        if given and self.trees is not None:
+            raise BadConfig(f"config.seed_data.trees and config.seed_data.{given[0]} are both given: keep one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining:
     """M0, where no pretrained model is given: trained on the world's base corpus."""
 
@@ -52,8 +76,9 @@ class PreferenceTraining:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfInstruction:
-    """How a round's new prompts are made."""
+    """How a round's new prompts are made, or where they are taken from."""
 
+    prompts_file: str | None  # a fixed set for every round, instead of all below; see `srlm_jax.data.sources`
     prompts: int  # wanted
     max_candidates: int  # completions drawn before the round makes do with fewer prompts
     batch: int  # completions drawn between two looks at what was accepted
@@ -82,7 +107,7 @@ class Settings:
     mesh: MeshShape
     engine: EngineConfig
     world: WorldRules
-    seed_data: SeedRules
+    seed_data: SeedData
     pretraining: Pretraining
     sft: SupervisedFineTuning
     eft: EftRules
@@ -98,11 +123,16 @@ class Settings:
             raise BadConfig(f"config.judging.samples is {self.judging.samples}: a score needs at least 1 judgement")
         if self.world.held_out < 2:
             raise BadConfig(f"config.world.held_out is {self.world.held_out}: a standard error needs at least 2")
+        if self.seed_data.ift is None:
+            self.check_demonstrations("config.seed_data.rules.ift_prompts is", self.seed_data.rules.ift_prompts)
+
+    def check_demonstrations(self, said: str, prompts: int) -> None:
+        """Refuses fewer IFT prompts than self-instruction shows; `said` and their number begin the message."""
         shots = self.self_instruction.from_seeds + self.self_instruction.from_generated
-        if self.seed_data.ift_prompts < shots:
+        if self.self_instruction.prompts_file is None and prompts < shots:
             raise BadConfig(
-                f"config.seed_data.ift_prompts is {self.seed_data.ift_prompts}: self-instruction shows {shots} prompts "
-                "(config.self_instruction.from_seeds + from_generated)"
+                f"{said} {prompts}: self-instruction shows {shots} prompts (config.self_instruction.from_seeds + "
+                "from_generated)"
             )
 
 

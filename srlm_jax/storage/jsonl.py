@@ -64,20 +64,34 @@ def read(path: epath.PathLike, cls: type[Record]) -> list[Record]:
     if data and not data.endswith(b"\n"):
         line = data.count(b"\n") + 1
         raise BadRecord(f"{path}:{line}: the line does not end, so the file was cut short; {_ADVICE}")
-    return [_decode_line(where, document, cls, _ADVICE) for where, document in parse_lines(data, str(path))]
+    return [decode(where, document, cls, _ADVICE) for where, document in parse_lines(data, str(path), _ADVICE)]
 
 
-def parse_lines(data: bytes, name: str) -> Iterator[tuple[str, object]]:
+def parse_lines(data: bytes, name: str, advice: str) -> Iterator[tuple[str, object]]:
     """("name:line", JSON document) for each line of `data`.
 
-    Raises BadRecord where a line is blank, not UTF-8 or not strict JSON (NaN, infinities and repeated keys are
-    refused too). Lines end at "\\n" alone: U+2028 and its kin may stand inside a JSON string.
+    Raises BadRecord, ending in `advice`, where a line is blank, not UTF-8 or not strict JSON (NaN, infinities and
+    repeated keys are refused too). Lines end at "\\n" alone: U+2028 and its kin may stand inside a JSON string.
     """
     if not data:
         return
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         where = f"{name}:{number}"
-        yield where, _parse(line, where)
+        yield where, _parse(line, where, advice)
+
+
+def decode(where: str, document: object, cls: type[Record], advice: str) -> Record:
+    """The JSON document that stands at `where` as a `cls`.
+
+    Raises BadRecord, ending in `advice`, where it is none: an unknown, missing or mistyped field, or a value that the
+    class itself refuses.
+    """
+    try:
+        return _decode_record(cls, document, "")
+    except _Misfit as misfit:
+        field, problem = misfit.args
+        place = f"field '{field}': " if field else ""
+        raise BadRecord(f"{where}: {place}{problem}; {advice}") from None
 
 
 def shard(directory: epath.PathLike, index: int) -> epath.Path:
@@ -112,12 +126,7 @@ def write_json(path: epath.PathLike, document: object) -> None:
 def read_json(path: epath.PathLike) -> object:
     """The JSON document of a file; BadRecord where it is not strict JSON in UTF-8."""
     path = epath.Path(path)
-    return _parse(path.read_bytes(), str(path))
-
-
-def as_record(document: object, cls: type[Record], where: str) -> Record:
-    """A JSON document as a `cls`; BadRecord, with `where`, for an unknown, missing or mistyped field."""
-    return _decode_line(where, document, cls, _ADVICE)
+    return _parse(path.read_bytes(), str(path), _ADVICE)
 
 
 def _shards(directory: epath.Path) -> list[epath.Path]:
@@ -166,7 +175,7 @@ def _lines(path: epath.PathLike, records: Iterable[object]) -> Iterator[bytes]:
     for index, record in enumerate(records):
         where = f"{path}: record {index} of those to write"
         document = _plain(record)
-        _decode_line(where, document, type(record), "correct the code that makes the record")
+        decode(where, document, type(record), "correct the code that makes the record")
         yield json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
 
 
@@ -183,17 +192,17 @@ def _plain(value: object) -> object:
     return value
 
 
-def _parse(data: bytes, where: str) -> object:
+def _parse(data: bytes, where: str, advice: str) -> object:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord(
-            f"{where}: not UTF-8 text (byte {error.start} of the line): {error.reason}; {_ADVICE}"
+            f"{where}: not UTF-8 text (byte {error.start} of the line): {error.reason}; {advice}"
         ) from error
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{where}: not valid JSON: {error}; {_ADVICE}") from error
+        raise BadRecord(f"{where}: not valid JSON: {error}; {advice}") from error
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -220,15 +229,6 @@ class _Misfit(Exception):
 
 def _misfit(path: str, expected: str, value: object) -> _Misfit:
     return _Misfit(path, f"expected {expected}, found {reprlib.repr(value)}")
-
-
-def _decode_line(where: str, document: object, cls: type[Record], advice: str) -> Record:
-    try:
-        return _decode_record(cls, document, "")
-    except _Misfit as misfit:
-        field, problem = misfit.args
-        place = f"field '{field}': " if field else ""
-        raise BadRecord(f"{where}: {place}{problem}; {advice}") from None
 
 
 @functools.cache

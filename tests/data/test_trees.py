@@ -1,16 +1,11 @@
-import copy
 import dataclasses
-import gzip
-import json
-import pathlib
 
 import pytest
 
-from srlm_jax.data.trees import SeedRules, read_trees, split_seed
+from srlm_jax.data.oasst import read_export
+from srlm_jax.data.trees import SeedRules, split_seed
 from srlm_jax.records import Example, RankedPrompt
-from srlm_jax.storage.jsonl import BadRecord
 
-OASST = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data" / "oasst" / "en_100_tree.jsonl"
 RULES = SeedRules(lang="en", min_ranked=2, ift_prompts=0, eft_train_prompts=0, eft_eval_prompts=0)
 
 
@@ -158,84 +153,8 @@ def test_rules_that_make_no_sense(field, value):
         dataclasses.replace(RULES, **{field: value})
 
 
-def write(path, trees):
-    path.write_text("".join(json.dumps(one) + "\n" for one in trees))
-    return path
-
-
-def test_trees_are_read_plain_or_packed(tmp_path):
-    trees = ranked_trees(3)
-    path = write(tmp_path / "x.jsonl", trees)
-    assert read_trees(path) == trees
-    packed = tmp_path / "x.jsonl.gz"
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert read_trees(packed) == trees
-    packed.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(BadRecord, match=r"x\.jsonl\.gz: not a whole gzip file"):
-        read_trees(packed)
-
-
-def set_in(path, value):
-    def change(document):
-        for key in path[:-1]:
-            document = document[key]
-        if value is None:
-            del document[path[-1]]
-        else:
-            document[path[-1]] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (set_in(["message_tree_id"], None), "field 'message_tree_id': missing"),
-        (set_in(["message_tree_id"], 3), "field 'message_tree_id': expected str, found 3"),
-        (set_in(["prompt"], None), "field 'prompt': missing"),
-        (set_in(["prompt"], "hello"), "field 'prompt': expected dict, found 'hello'"),
-        (set_in(["prompt", "text"], None), "field 'prompt.text': missing"),
-        (set_in(["prompt", "role"], "assistant"), "field 'prompt.role': expected 'prompter', found 'assistant'"),
-        (set_in(["prompt", "deleted"], "no"), "field 'prompt.deleted': expected bool"),
-        (set_in(["prompt", "replies"], {}), "field 'prompt.replies': expected list"),
-        (set_in(["prompt", "replies", 1], "x"), r"field 'prompt.replies\[1\]': expected an object"),
-        (set_in(["prompt", "replies", 1, "rank"], "0"), r"field 'prompt.replies\[1\].rank': expected int, found '0'"),
-        (set_in(["prompt", "replies", 1, "rank"], True), r"field 'prompt.replies\[1\].rank': expected int"),
-        (set_in(["prompt", "replies", 1, "rank"], -1), r"field 'prompt.replies\[1\].rank': expected 0 or more"),
-        (set_in(["prompt", "replies", 1, "message_id"], None), r"field 'prompt.replies\[1\].message_id': missing"),
-        (set_in(["prompt", "replies", 1, "role"], "prompter"), r"field 'prompt.replies\[1\].role': .*'assistant'"),
-    ],
-)
-def test_a_tree_of_another_form_is_named(tmp_path, change, message):
-    good, bad = ranked_trees(2)
-    change(bad)
-    with pytest.raises(BadRecord, match=rf"x\.jsonl:2: {message}"):
-        read_trees(write(tmp_path / "x.jsonl", [good, bad]))
-
-
-def test_a_broken_line_is_named(tmp_path):
-    path = write(tmp_path / "x.jsonl", ranked_trees(1))
-    path.write_text(path.read_text() + '{"message_tree_id": "t')
-    with pytest.raises(BadRecord, match=r"x\.jsonl:2: not valid JSON"):
-        read_trees(path)
-
-
-def test_unset_keys_may_be_absent_or_null(tmp_path):
-    (one,) = ranked_trees(1)
-    for message in (one["prompt"], *one["prompt"]["replies"]):
-        del message["deleted"]
-    one["prompt"]["replies"][0]["replies"] = None
-    one["prompt"]["replies"][1]["rank"] = None
-    one["prompt"]["replies"][2]["lang"] = None
-    (read,) = read_trees(write(tmp_path / "x.jsonl", [one]))
-    result = split([copy.deepcopy(read)], eft_eval_prompts=1)
-    assert sorted(result.eft_eval[0].responses) == ["text t0a", "text t0c"]
-
-
-def test_real_open_assistant_trees():
-    if not OASST.exists():
-        pytest.skip(f"needs {OASST}, which is not part of the project")
-    trees = read_trees(OASST)
+def test_real_open_assistant_trees(shared_data):
+    trees = read_export(shared_data("oasst/en_100_tree.jsonl")).trees
     assert len(trees) == 100
     result = split(trees, ift_prompts=50, eft_train_prompts=30, eft_eval_prompts=15)
     assert result.counts == {

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from configs.base import get_config
-from srlm_jax.data import trees, world, world_corpus
+from srlm_jax.data import oasst, trees, world, world_corpus
 from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
 from srlm_jax.judge.parse import parse_vote
@@ -99,7 +99,7 @@ def test_trees_are_what_the_seed_split_reads(tmp_path, grown):
     path = epath.Path(tmp_path) / "trees.jsonl"
     jsonl.write_documents(path, grown)
     rules = SeedRules(lang="en", min_ranked=2, ift_prompts=60, eft_train_prompts=30, eft_eval_prompts=10)
-    split = trees.split_seed(trees.read_trees(path), rules, 0)
+    split = trees.split_seed(oasst.read_export(path).trees, rules, 0)
     dropped = {name: split.counts.get(name, 0) for name in ("same_prompt", "deleted_prompt", "empty_prompt")}
     assert dropped == dict.fromkeys(dropped, 0)
     assert (split.counts["ift"], split.counts["eft_train"], split.counts["eft_eval"]) == (60, 30, 10)

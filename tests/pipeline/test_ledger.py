@@ -87,6 +87,19 @@ def test_a_changed_field_stops_with_field_stage_and_flag(tmp_path, broken):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_stage_that_failed_before_it_made_anything_may_be_begun_otherwise(tmp_path):
+    """A user's broken file was refused, and then the corrected one was: it had changed, said the ledger."""
+    ledger = Ledger(epath.Path(tmp_path), "1")
+
+    def fail():
+        raise RuntimeError("broken file")
+
+    with pytest.raises(RuntimeError):
+        ledger.run("a", fail, config={"config.file": "broken"}, inputs=(), outputs=("a",))
+    ledger.run("a", lambda: Outcome({}, None), config={"config.file": "whole"}, inputs=(), outputs=("a",))
+    assert ledger.entry("a")["config"] == {"config.file": "whole"}
+
+
 def test_a_field_that_came_and_one_that_went_are_named(done):
     again = Chain(done)
     again.changes["a"] = {"config.new": "x"}

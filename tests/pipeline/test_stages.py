@@ -133,7 +133,7 @@ def test_the_world_and_its_split_are_counted(tmp_path):
     seeding.make_world(run)
     seeding.split_seed(run)
     world_counts = run.ledger.entry("world")["counts"]
-    rules, wanted = run.settings.world, run.settings.seed_data
+    rules, wanted = run.settings.world, run.settings.seed_data.rules
     assert world_counts == {"documents": rules.documents, "trees": rules.trees, "held_out": rules.held_out}
     counts = run.ledger.entry("seed")["counts"]
     assert counts["trees"] == rules.trees

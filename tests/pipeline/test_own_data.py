@@ -1,0 +1,165 @@
+"""Runs on data of the user's own: where the seed comes from, what the ledger sees of it, and fixed prompts."""
+
+import json
+
+import pytest
+
+from configs.base import get_config
+from srlm_jax.data import world
+from srlm_jax.pipeline import answering, seeding
+from srlm_jax.pipeline.ledger import EmptyStage, Outcome, StaleStage
+from srlm_jax.pipeline.run import make_run
+from srlm_jax.pipeline.settings import BadConfig, read
+from srlm_jax.records import Example, Prompt, RankedPrompt
+from srlm_jax.storage import jsonl
+from srlm_jax.text.chat import PLAIN
+from srlm_jax.text.tokenizer import WordTokenizer
+
+
+def settings(workdir, prompts_file=None, rules=None, **seed_data):
+    tree = get_config("smoke", 2).to_dict() | {"workdir": str(workdir)}
+    tree["seed_data"] |= {name: str(path) for name, path in seed_data.items()}
+    tree["seed_data"]["rules"] |= rules or {}
+    tree["self_instruction"]["prompts_file"] = None if prompts_file is None else str(prompts_file)
+    return read(tree)
+
+
+def open_run(workdir, **changes):
+    return make_run(settings(workdir, **changes), "test", WordTokenizer(world.vocabulary()), PLAIN, world.RUBRIC)
+
+
+def write(path, documents):
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return path
+
+
+def messages(n):
+    """Flat messages of `n` trees, each a prompt and two ranked answers."""
+    for i in range(n):
+        yield {"message_id": f"q{i}", "text": f"question {i}", "role": "prompter", "lang": "en"}
+        for rank in range(2):
+            answer = {"message_id": f"a{i}{rank}", "text": f"answer {rank}", "role": "assistant", "rank": rank}
+            yield answer | {"parent_id": f"q{i}"}
+
+
+def ranked(*prompts):
+    return [{"prompt": prompt, "responses": ["a", "b"], "ranks": [0, 1]} for prompt in prompts]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Three files; a prompt of the evaluation is in each of the training sets."""
+    return {
+        "ift": write(tmp_path / "ift", [{"prompt": f"ask {i}", "response": "r"} for i in range(12)]),
+        "eft_train": write(tmp_path / "train", ranked("Ask  0", "train")),
+        "eft_eval": write(tmp_path / "eval", ranked("ask 0", "eval")),
+    }
+
+
+RULES = {"ift_prompts": 10, "eft_train_prompts": 6, "eft_eval_prompts": 4}
+
+
+def test_an_open_assistant_export_gives_the_seed(tmp_path):
+    run = open_run(tmp_path / "run", trees=write(tmp_path / "x", messages(20)), rules=RULES)
+    seeding.split_seed(run)
+    counts = run.ledger.entry("seed")["counts"]
+    assert {name: counts[name] for name in ("messages", "roots", "ift", "eft_train", "eft_eval")} == {
+        "messages": 60, "roots": 20, "ift": 10, "eft_train": 6, "eft_eval": 4,
+    }  # fmt: skip
+    (first, *_) = jsonl.read(run.workdir / "seed" / "ift.jsonl", Example)
+    assert first.prompt.startswith("question ") and first.response == "answer 0"
+
+
+def test_three_files_give_the_seed_without_overlap(tmp_path, own):
+    run = open_run(tmp_path / "run", **own)
+    seeding.split_seed(run)
+    assert len(jsonl.read(run.workdir / "seed" / "ift.jsonl", Example)) == 11
+    assert [p.prompt for p in jsonl.read(run.workdir / "seed" / "eft_train.jsonl", RankedPrompt)] == ["train"]
+    assert [p.prompt for p in jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)] == ["ask 0", "eval"]
+    assert run.ledger.entry("seed")["counts"]["ift_in_eft_eval"] == 1
+
+
+def test_a_file_that_changed_under_its_name_makes_the_seed_stale(tmp_path, own):
+    seeding.split_seed(open_run(tmp_path / "run", **own))
+    seeding.split_seed(open_run(tmp_path / "run", **own))
+    with own["eft_train"].open("a") as file:
+        file.write(json.dumps(ranked("another")[0]) + "\n")
+    with pytest.raises(StaleStage, match=r"config\.seed_data\.eft_train \(content\) was .* --redo=seed"):
+        seeding.split_seed(open_run(tmp_path / "run", **own))
+
+
+def test_the_world_does_not_touch_a_seed_of_ones_own(tmp_path, own):
+    run = open_run(tmp_path / "run", **own)
+    run.ledger.run("world", lambda: Outcome({}, None), config={}, inputs=(), outputs=())
+    seeding.split_seed(run)
+    assert run.ledger.redo("world") == ["world"]
+
+
+@pytest.mark.parametrize("name", ["ift", "eft_train", "eft_eval"])
+def test_a_source_that_cannot_be_read_is_named_with_its_field(tmp_path, own, name):
+    own[name].write_text('{"prompt": 3}\n')
+    with pytest.raises(BadConfig, match=rf"^config\.seed_data\.{name}: .*/{own[name].name}:1: "):
+        seeding.split_seed(open_run(tmp_path / "run", **own))
+    own[name].unlink()
+    with pytest.raises(BadConfig, match=rf"^config\.seed_data\.{name}: .*No such file"):
+        seeding.split_seed(open_run(tmp_path / "run", **own))
+
+
+def test_trees_that_cannot_be_used_are_named_with_their_field(tmp_path):
+    trees = write(tmp_path / "x", messages(1))
+    trees.write_text(trees.read_text().splitlines()[0] + "\n{")
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees: .*:2: not valid JSON"):
+        seeding.split_seed(open_run(tmp_path / "run", trees=trees))
+    # The first stage made nothing, so the corrected file needs no redo.
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.rules: eft_eval_prompts .* of 3 trees 3"):
+        seeding.split_seed(open_run(tmp_path / "run", trees=write(tmp_path / "x", messages(3))))
+
+
+def test_sources_that_do_not_go_together_are_refused(tmp_path):
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.eft_train is not given, and config\.seed_data\.ift is"):
+        settings(tmp_path, ift="x")
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees and config\.seed_data\.ift are both given"):
+        settings(tmp_path, trees="x", ift="x", eft_train="x", eft_eval="x")
+
+
+def test_self_instruction_needs_enough_prompts_to_show(tmp_path, own):
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.rules\.ift_prompts is 7: self-instruction shows 8"):
+        settings(tmp_path, rules={"ift_prompts": 7})
+    write(own["ift"], [{"prompt": f"ask {i}", "response": "r"} for i in range(8)])
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.ift: .* 7: self-instruction shows 8"):
+        seeding.split_seed(open_run(tmp_path / "run", **own))
+    fixed = write(tmp_path / "prompts", [{"prompt": "ask"}])
+    seeding.split_seed(open_run(tmp_path / "run", **own, prompts_file=fixed))
+    settings(tmp_path, rules={"ift_prompts": 7}, prompts_file=fixed)
+
+
+def take(tmp_path, own, *prompts):
+    path = write(tmp_path / "prompts", [{"prompt": prompt} for prompt in prompts])
+    run = open_run(tmp_path / "run", **own, prompts_file=path)
+    seeding.split_seed(run)
+    answering.create_prompts(run, "m2", "m1")  # there is no m1: no model is asked
+    return run
+
+
+def test_fixed_prompts_replace_self_instruction(tmp_path, own):
+    run = take(tmp_path, own, "name two fruits .", "ASK 0", "name  two fruits .", "apple " * 40, "list one city .")
+    assert jsonl.read(run.workdir / "m2" / "prompts", Prompt) == [
+        Prompt(id="prompt-000001", text="name two fruits .", origin="user"),
+        Prompt(id="prompt-000005", text="list one city .", origin="user"),
+    ]
+    counts = run.ledger.entry("m2/prompts")["counts"]
+    assert counts == {"kept": 2, "in_eft_eval": 1, "same_prompt": 1, "too_many_tokens": 1}
+
+
+def test_fixed_prompts_that_change_make_the_round_stale(tmp_path, own):
+    take(tmp_path, own, "name two fruits .")
+    take(tmp_path, own, "name two fruits .")
+    with pytest.raises(StaleStage, match=r"config\.self_instruction\.prompts_file \(content\) was"):
+        take(tmp_path, own, "name three fruits .")
+
+
+def test_fixed_prompts_that_cannot_be_used_are_refused(tmp_path, own):
+    with pytest.raises(EmptyStage, match=r"^m2/prompts: none of the 1 prompts .*prompts_file .*'in_eft_eval': 1"):
+        take(tmp_path, own, "ask 0")
+    with pytest.raises(BadConfig, match=r"^config\.self_instruction\.prompts_file: .*/prompts:1: 'prompt' is blank"):
+        take(tmp_path, own, " ")
