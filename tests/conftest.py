@@ -146,12 +146,9 @@ def as_transformers(transformers_block):
 
 
 @pytest.fixture(scope="session")
-def stories260k():
-    """The folder of a small trained Llama in Hugging Face's layout (hf) and Meta's (meta), where it is at hand."""
-    for parent in Path(__file__).resolve().parents[1].parents:
-        if (folder := parent / "shared" / "data" / "stories260k").is_dir():
-            return folder
-    return pytest.skip("no folder shared/data/stories260k beside the project")
+def stories260k(shared_data):
+    """The folder of a small trained Llama in Hugging Face's layout (hf) and Meta's (meta)."""
+    return shared_data("stories260k")
 
 
 @pytest.fixture(scope="session")

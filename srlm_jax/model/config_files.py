@@ -357,5 +357,6 @@ def from_manifest(
     if not isinstance(document.get("config"), dict):
         raise BadModelFile(f"{where} lacks the field 'config': it is no checkpoint of a model of this package")
     # A checkpoint written before there was a scaling has no field for it.
-    config = jsonl.as_record({"rope_scaling": None} | document["config"], LlamaConfig, f"{where}: config")
+    fields = {"rope_scaling": None} | document["config"]
+    config = jsonl.decode(f"{where}: config", fields, LlamaConfig, "copy the checkpoint again")
     return dataclasses.replace(config, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)

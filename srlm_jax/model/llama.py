@@ -58,8 +58,8 @@ class Llama(nnx.Module):
 
     def __init__(self, c: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = nnx.static(c)
-        # Unit variance where the head is another matrix: who a token is must outweigh what the first blocks add to it, or
-        # heads that copy are slow to form. A tied embedding has to give logits of unit variance instead.
+        # Unit variance where the head is another matrix: who a token is must outweigh what the first blocks add to
+        # it, or heads that copy are slow to form. A tied embedding has to give logits of unit variance instead.
         identity = c.D**-0.5 if c.tied else 1.0
         self.embedding = weight(rngs, (c.V, c.D), ("vocab", "embed"), identity, c.param_dtype)
         self.blocks = Blocks(c, rngs=rngs)

@@ -43,9 +43,7 @@ def test_metrics_without_a_column_are_left_out():
 
 def test_columns_are_named_as_the_metrics_are():
     """Once the report waited for a metric of another name, and had an empty column."""
-    ranked = [
-        RankedPrompt(id=i, prompt="name two fruits .", responses=("fig", "fig kiwi"), ranks=(1, 0)) for i in "ab"
-    ]
+    ranked = [RankedPrompt(id=i, prompt="name two fruits .", responses=("fig", "fig kiwi"), ranks=(1, 0)) for i in "ab"]
     judgements = tuple(
         JudgedResponse(
             response=text, tokens=1, finished=True, votes=(Vote(text="", score=score, no_vote=None),), score=score
