@@ -34,6 +34,7 @@ LAYERS = (
     "evaluate",
     "pipeline",
     "convert",
+    "generate",
     "main",
 )
 

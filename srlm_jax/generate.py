@@ -1,0 +1,154 @@
+"""`python -m srlm_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl`: any Llama answers prompts."""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from etils import epath
+
+from srlm_jax.data import sources
+from srlm_jax.model import llama, weights
+from srlm_jax.parallel import mesh as meshes
+from srlm_jax.parallel import rules
+from srlm_jax.parallel.mesh import MeshShape
+from srlm_jax.pipeline.generate import ModelGenerate, stage_key
+from srlm_jax.pipeline.run import progress
+from srlm_jax.records import Prompt, Request, Responses, SamplingParams
+from srlm_jax.sampling.engine import EngineConfig, Work
+from srlm_jax.storage import jsonl, rows
+from srlm_jax.text.chat import FORMATS, PLAIN
+from srlm_jax.text.tokenizer import check_vocabulary, load_tokenizer
+
+# What a user can put right: told in one line, without a traceback.
+FAILURES = (ValueError, OSError)
+
+_CONTINUE = "none"
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A model's folder: Hugging Face's, Meta's or our own layout.")
+_PROMPTS = flags.DEFINE_string("prompts", None, 'Rows {"prompt": "..."}, with an id if they like.')
+_OUTPUT = flags.DEFINE_string("output", None, "The file to make: one prompt and its completions a line.")
+_FORMAT = flags.DEFINE_enum(
+    "format", _CONTINUE, [_CONTINUE, *FORMATS], "The chat format of the model; none: it continues the text."
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens of a completion.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 is greedy.", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float("top_p", 0.9, "The probability of the likeliest tokens that are drawn from.")
+_N = flags.DEFINE_integer("n", 1, "Completions of each prompt.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the random numbers.")
+_ROWS = flags.DEFINE_integer("rows", 64, "Completions decoded at once; it changes no sample.", lower_bound=1)
+
+
+def generate(
+    checkpoint: epath.PathLike,
+    prompts: epath.PathLike,
+    output: epath.PathLike,
+    *,
+    chat_format: str,
+    params: SamplingParams,
+    seed: int,
+    engine: EngineConfig,
+    shard_prompts: int,
+) -> None:
+    """Writes a `records.Responses` for each prompt to `output`.
+
+    Until it is whole the work lies in a folder beside it, `shard_prompts` prompts a file: killed and called again with
+    the same arguments it goes on from there, and ends with the same file.
+
+    Args:
+      chat_format: a name in `text.chat.FORMATS`, or "none" for text that is continued as it stands.
+
+    Raises any of FAILURES.
+    """
+    checkpoint, output = epath.Path(checkpoint), epath.Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already: choose another --output, or remove it")
+    asked = sources.read_prompts(prompts, "prompt")
+    parts = output.parent / f".{output.name}.parts"
+    facts = {"checkpoint": str(checkpoint), "prompts": rows.digest(prompts), "format": chat_format, "seed": seed}
+    _go_on(parts, facts | {name: value for name, value in vars(params).items() if name != "stop"})
+    mesh = meshes.sample_mesh(MeshShape(data=1, fsdp=-1, tensor=1))
+    config = weights.read_config(checkpoint, param_dtype="float32", compute_dtype="float32", remat=False)
+    dtype = weights.source_dtype(checkpoint, config)
+    config = weights.read_config(checkpoint, param_dtype=dtype, compute_dtype=dtype, remat=False)
+    tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary(tokenizer, config.V)
+    places = rules.model_shardings(mesh, rules.SAMPLE, llama.abstract(config))
+    source = ModelGenerate(
+        model=weights.load(checkpoint, config, places),
+        tokenizer=tokenizer,
+        chat_format=FORMATS.get(chat_format, PLAIN),
+        config=engine,
+        mesh=mesh,
+        key=stage_key(seed, "generate"),
+        work=Work(),
+    )
+    done = jsonl.shards_done(parts)
+    with progress("generate", params.samples * len(asked), "completion") as report:
+        for index, start in enumerate(range(0, len(asked), shard_prompts)):
+            part = asked[start : start + shard_prompts]
+            if index in done:
+                report(params.samples * len(part), 0)
+                continue
+            requests = [Request(id=p.id, prompts=(p.text,), chat=chat_format != _CONTINUE) for p in part]
+            jsonl.write(jsonl.shard(parts, index), _answers(part, source(requests, params, report)))
+    jsonl.write(output, jsonl.read(parts, Responses))
+    parts.rmtree()
+
+
+def _answers(prompts: Sequence[Prompt], drawn: Sequence[Sequence[tuple]]) -> list[Responses]:
+    return [
+        Responses(id=prompt.id, prompt=prompt.text, completions=completions)
+        for prompt, (completions,) in zip(prompts, drawn, strict=True)
+    ]
+
+
+def _go_on(parts: epath.Path, facts: dict[str, object]) -> None:
+    """Notes what a begun output is made of, or checks that it is being made of the same.
+
+    Raises:
+      ValueError: names what has changed.
+    """
+    note = parts / "arguments.json"
+    if not note.exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        jsonl.write_json(note, facts)
+        return
+    known = jsonl.read_json(note)
+    changed = [name for name in facts if known.get(name) != facts[name]]
+    if changed:
+        raise ValueError(
+            f"{parts} holds a begun output for which {changed[0]} was {known.get(changed[0])!r}, and is now "
+            f"{facts[changed[0]]!r}: go back to the former, choose another --output, or remove the folder"
+        )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --checkpoint=DIR")
+    logging.set_verbosity(logging.ERROR)
+    params = SamplingParams(
+        samples=_N.value,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        stop=(),
+    )
+    try:
+        generate(
+            _CHECKPOINT.value,
+            _PROMPTS.value,
+            _OUTPUT.value,
+            chat_format=_FORMAT.value,
+            params=params,
+            seed=_SEED.value,
+            engine=EngineConfig(rows=_ROWS.value, steps=16),
+            shard_prompts=4 * _ROWS.value,
+        )
+    except FAILURES as error:
+        sys.exit(f"error: {error}")
+    print(_OUTPUT.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "prompts", "output"])
+    app.run(main)
