@@ -68,7 +68,7 @@ def write_safetensors(path: epath.Path, tensors: Tensors) -> None:
     the tensors one after the other.
     """
     codes = {name: code for code, name in _SAFETENSORS_DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # without it transformers does not take the file
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what transformers writes
     offset = 0
     for name, tensor in tensors.items():
         place = [offset, offset + tensor.bytes]
