@@ -1,4 +1,4 @@
-"""`python -m srlm_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl`: any Llama answers prompts."""
+"""`python -m srlm_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl`: completions of any Llama."""
 
 import sys
 from collections.abc import Sequence
