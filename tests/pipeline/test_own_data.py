@@ -163,3 +163,17 @@ def test_fixed_prompts_that_cannot_be_used_are_refused(tmp_path, own):
         take(tmp_path, own, "ask 0")
     with pytest.raises(BadConfig, match=r"^config\.self_instruction\.prompts_file: .*/prompts:1: 'prompt' is blank"):
         take(tmp_path, own, " ")
+
+
+def test_fixed_prompts_need_no_room_for_demonstrations(tmp_path):
+    tree = get_config("smoke", 2).to_dict() | {"workdir": str(tmp_path)}
+    tree["self_instruction"] |= {"from_seeds": 20}
+
+    def check():
+        run = make_run(read(tree), "test", WordTokenizer(world.vocabulary()), PLAIN, world.RUBRIC)
+        seeding.check_lengths(run)
+
+    with pytest.raises(BadConfig, match="the prompt for new instructions cannot be held"):
+        check()
+    tree["self_instruction"]["prompts_file"] = "prompts"
+    check()
