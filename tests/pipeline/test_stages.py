@@ -146,7 +146,7 @@ def test_the_world_and_its_split_are_counted(tmp_path):
 
 
 def test_a_judge_prompt_that_cannot_fit_stops_before_training(tmp_path):
-    run = open_run(tmp_path, context_length=150)
+    run = open_run(tmp_path, context_length=100)
     seeding.make_world(run)
     with pytest.raises(BadConfig) as raised:
         seeding.split_seed(run)
