@@ -29,7 +29,7 @@ class EndpointConfig:
 
     def __post_init__(self):
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             raise ValueError(
                 "url must be like 'http://localhost:8000/v1', without a key or password in it (the key is read from "
                 "the environment variable that key_variable names)"
@@ -259,7 +259,7 @@ def _read_choice(choice: object, chat: bool, stop: Sequence[str]) -> tuple[str, 
     text = holder.get(name.split(".")[-1]) if isinstance(holder, dict) else None
     reason = choice.get("finish_reason") if isinstance(choice, dict) else None
     if not isinstance(text, str):
-        raise _Nonsense(f"a choice's {name} is no text but {type(text).__name__} (finish_reason {reason!r:.40})")
+        raise _Nonsense(f"a choice's {name} is no text but {type(text).__name__}")
     if not isinstance(reason, str):
         raise _Nonsense(f"a choice's finish_reason is no text but {type(reason).__name__}")
     try:
