@@ -356,7 +356,7 @@ def said(caught) -> str:
     "reply",
     [
         Reply({"error": {"message": f"Incorrect API key provided: {KEY}"}}, 401),
-        Reply({"error": {"message": "x" * 185 + KEY}}, 400),
+        Reply({"error": {"message": "x" * 165 + KEY}}, 400),
         Reply(f"<html>Bearer {KEY}".encode()),
         Reply(("x" * 190 + KEY).encode()),
         Reply(f"Bearer {KEY}".encode(), 503),

@@ -180,7 +180,7 @@ def test_a_prompt_for_new_instructions_that_cannot_fit_stops_before_training(tmp
 
 
 def test_more_token_ids_than_the_model_has_are_refused(tmp_path):
-    with pytest.raises(BadConfig, match=r"config\.model\.V is 64"):
+    with pytest.raises(BadConfig, match=r"config\.model\.V: the tokenizer has \d+ ids and the model 64"):
         open_run(tmp_path, model__V=64)
 
 
