@@ -21,6 +21,7 @@ _MARKS = {"native": "manifest.json", "hf": "config.json", "meta": "params.json"}
 
 # What else belongs to a model, and is copied with it.
 COMPANIONS = (
+    "words.json",
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -51,6 +51,9 @@ def _train_stage(
             folder=folder,
             title=f"{name}: training",
         )
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            run.tokenizer.save(folder / "checkpoint")  # so that the folder is all that other commands need
         identity = checkpoint.save_model(
             folder / "checkpoint", model, {"config": checkpoint.config_facts(run.settings.model)}
         )

@@ -10,6 +10,10 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from srlm_jax.storage import jsonl
+
+_WORDS = "words.json"  # the embedded world's vocabulary
+
 
 class Tokenizer(Protocol):
     """What a tokenizer offers.
@@ -33,6 +37,9 @@ class Tokenizer(Protocol):
 
         Raises ValueError where the tokenizer has none of this name.
         """
+
+    def save(self, folder: epath.Path) -> None:
+        """Writes the files of which `load_tokenizer` makes it again into an existing folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +78,9 @@ class WordTokenizer:
 
     def control(self, name: str) -> int:
         raise ValueError(f"a vocabulary of words has no control token {name!r}; choose a chat format without")
+
+    def save(self, folder: epath.Path) -> None:
+        jsonl.write_json(folder / _WORDS, list(self.words))
 
 
 class SentencePieceTokenizer:
@@ -114,6 +124,9 @@ class SentencePieceTokenizer:
                 f"{self._path} has no control token {name!r}; choose the chat format the model was made for"
             )
         return piece
+
+    def save(self, folder: epath.Path) -> None:
+        self._path.copy(folder / "tokenizer.model", overwrite=True)
 
 
 # Chat models often add their marks without declaring them special; what is spelt like this is never made out of text.
@@ -178,6 +191,11 @@ class HuggingFaceTokenizer:
             )
         return self._control[name]
 
+    def save(self, folder: epath.Path) -> None:
+        for name in (self._path.name, *_BESIDE):
+            if (self._path.parent / name).exists():
+                (self._path.parent / name).copy(folder / name, overwrite=True)
+
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
     """The tokenizer of a model's folder.
@@ -190,6 +208,11 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
       ValueError: the file cannot be used; see the two classes.
     """
     folder = epath.Path(folder)
+    if (folder / _WORDS).exists():
+        words = jsonl.read_json(folder / _WORDS)
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{folder / _WORDS} must hold a list of words; copy it again")
+        return WordTokenizer(tuple(words))
     if (folder / "tokenizer.json").exists():
         return HuggingFaceTokenizer(folder / "tokenizer.json")
     if (folder / "tokenizer.model").exists():

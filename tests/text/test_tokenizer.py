@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import sentencepiece
 import tokenizers
+from etils import epath
 from hypothesis import given
 
 from srlm_jax.text.tokenizer import (
@@ -362,3 +363,23 @@ def test_llama_2_as_a_json_gives_the_golden_rows(tmp_path, llama2):
         assert tokenizer.decode(row["ids"]) == llama2.decode(row["ids"])
     assert (tokenizer.vocabulary, tokenizer.bos, tokenizer.eos) == (32_000, 1, 2)
     assert llama2.encode("hi </s>") == tokenizer.encode("hi </s>")
+
+
+# Saved.
+
+
+def test_a_saved_tokenizer_is_loaded_again(tmp_path, save, hugging):
+    for number, tokenizer in enumerate([WORDS, SentencePieceTokenizer(save(trained())), hugging]):
+        folder = epath.Path(tmp_path / str(number))
+        folder.mkdir()
+        tokenizer.save(folder)
+        again = load_tokenizer(folder)
+        assert again.encode("say two words") == tokenizer.encode("say two words")
+        assert (again.bos, again.ends, again.pad) == (tokenizer.bos, tokenizer.ends, tokenizer.pad)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '["a", "a"]', '["a"'])
+def test_a_damaged_list_of_words_is_refused(tmp_path, content):
+    (tmp_path / "words.json").write_text(content)
+    with pytest.raises(ValueError, match="word"):
+        load_tokenizer(tmp_path)
