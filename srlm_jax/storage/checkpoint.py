@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -20,6 +21,12 @@ Tree = TypeVar("Tree")
 
 class BadCheckpoint(ValueError):
     """A checkpoint is missing, unfinished, damaged or of another model."""
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax takes no relative path, and some of its releases say so only once they write."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
 
 
 def _names(tree: object) -> list[str]:
@@ -58,7 +65,7 @@ def save_model(path: epath.PathLike, model: object, facts: Mapping[str, object])
 
     The manifest comes last: a folder without one is an unfinished checkpoint and reads as missing.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     weights = named_leaves(model)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "weights", weights, force=True)
@@ -77,7 +84,7 @@ def load_model(path: epath.PathLike, like: Tree) -> Tree:
       BadCheckpoint: the folder is missing or unfinished, its weights are damaged (they do not give the manifest's
         hash), or they are of another shape than `like`; the message names the weight.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     advice = "delete the folder and run the stage that makes it again (see --redo)"
     try:
         manifest = jsonl.read_json(path / "manifest.json")
@@ -120,7 +127,7 @@ class TrainCheckpoints:
 
     def __init__(self, path: epath.PathLike):
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-        self._path = epath.Path(path)
+        self._path = _absolute(path)
         self._manager = ocp.CheckpointManager(self._path, options=options)
 
     def __enter__(self) -> "TrainCheckpoints":
