@@ -92,6 +92,16 @@ def test_a_saved_model_comes_back_bit_for_bit(tiny_llama, saved):
     assert manifest["weights"]["blocks/q"] == {"shape": [2, 16, 4, 8], "dtype": "float32"}
 
 
+def test_relative_paths_are_as_good_as_absolute_ones(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model("runs/model", tiny_llama, {})
+    assert_equal(load_model("runs/model", shapes(tiny_llama)), tiny_llama)
+    with TrainCheckpoints("runs/state") as checkpoints:
+        checkpoints.save(1, train_state(1), batches())
+    with TrainCheckpoints(tmp_path / "runs" / "state") as checkpoints:
+        assert checkpoints.restore(shapes_of(train_state(0)), batches())[0] == 1
+
+
 def test_a_bfloat16_model_comes_back_too(tiny_llama, tmp_path):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_llama)
     save_model(tmp_path / "half", half, {})
