@@ -152,6 +152,20 @@ def stories260k(shared_data):
 
 
 @pytest.fixture(scope="session")
+def llama2_folder(shared_data):
+    """The folder of Llama 2's tokenizer.model and of golden rows for it."""
+    return shared_data("llama2_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def llama2(llama2_folder):
+    """Llama 2's tokenizer."""
+    from srlm_jax.text.tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(llama2_folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
 def one_device():
     """`one_device("data", "tensor")`: a mesh with these axes over the first device."""
 

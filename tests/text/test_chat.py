@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import pathlib
 
 import hypothesis.strategies as st
 import pytest
@@ -27,9 +26,6 @@ from srlm_jax.text.chat import (
     with_system,
 )
 from srlm_jax.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, WordTokenizer
-
-SHARED = [folder / "shared" / "data" for folder in pathlib.Path(__file__).parents]
-LLAMA2_FOLDER = next((folder for data in SHARED if (folder := data / "llama2_tokenizer").is_dir()), None)
 
 TOKENIZER = WordTokenizer(("user:", "assistant:", "someone", "\n", "hi", "there", "[INST]", "[/INST]", "a", "turn"))
 USER, ASSISTANT = TOKENIZER.encode("user: assistant:")
@@ -275,13 +271,6 @@ def test_every_format_ends_its_answers(name, bytelevel):
 # The real Llama-2.
 
 
-@pytest.fixture(scope="module")
-def llama2():
-    if LLAMA2_FOLDER is None:
-        pytest.skip("needs Llama 2's tokenizer.model, which is not part of this repository")
-    return SentencePieceTokenizer(LLAMA2_FOLDER / "tokenizer.model")
-
-
 PLAIN_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="[<"))
 
 
@@ -297,10 +286,10 @@ def test_ids_are_those_of_llama_2s_reference_code(llama2, prompt, response, syst
 
 
 @pytest.mark.parity
-def test_ids_are_those_of_transformers_with_llama_2s_template(llama2):
+def test_ids_are_those_of_transformers_with_llama_2s_template(llama2, llama2_folder):
     import transformers
 
-    reference = transformers.LlamaTokenizer.from_pretrained(LLAMA2_FOLDER, legacy=True)
+    reference = transformers.LlamaTokenizer.from_pretrained(llama2_folder, legacy=True)
     for prompt, response, system in [
         ("Say it.", "It is said.", ""),
         (" What's up?\n", "Nothing\n\n- at all", ""),

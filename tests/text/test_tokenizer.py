@@ -2,7 +2,6 @@
 
 import io
 import json
-import pathlib
 import shutil
 
 import hypothesis.strategies as st
@@ -20,8 +19,6 @@ from srlm_jax.text.tokenizer import (
     load_tokenizer,
 )
 
-SHARED = [folder / "shared" / "data" for folder in pathlib.Path(__file__).parents]
-LLAMA2 = next((folder for data in SHARED if (folder := data / "llama2_tokenizer").is_dir()), None)
 WORDS = WordTokenizer(("say", "two", "words", "\n", "done."))
 
 
@@ -305,19 +302,12 @@ def test_words_have_no_control_tokens():
 # The real thing.
 
 
-@pytest.fixture(scope="module")
-def llama2():
-    if LLAMA2 is None:
-        pytest.skip("needs Llama 2's tokenizer.model and golden rows, which are not part of this repository")
-    return SentencePieceTokenizer(LLAMA2 / "tokenizer.model")
-
-
 def test_llama_2_has_its_published_ids(llama2):
     assert (llama2.vocabulary, llama2.bos, llama2.eos, llama2.pad) == (32_000, 1, 2, 2)
 
 
-def test_llama_2_encodes_the_golden_rows(llama2):
-    rows = json.loads((LLAMA2 / "golden_llama_spm.json").read_text())
+def test_llama_2_encodes_the_golden_rows(llama2, llama2_folder):
+    rows = json.loads((llama2_folder / "golden_llama_spm.json").read_text())
     assert len(rows) == 43
     for row in rows:
         assert llama2.encode(row["text"]) == row["ids"], row["text"]
@@ -330,15 +320,15 @@ def test_llama_2_makes_no_special_token_out_of_text(llama2, before, name, after)
     assert llama2.decode(ids) == before + name + after
 
 
-def test_a_folder_of_llama_2_is_recognised(tmp_path, llama2):
-    shutil.copy(LLAMA2 / "tokenizer.model", tmp_path)
+def test_a_folder_of_llama_2_is_recognised(tmp_path, llama2, llama2_folder):
+    shutil.copy(llama2_folder / "tokenizer.model", tmp_path)
     assert load_tokenizer(tmp_path).encode("two words") == llama2.encode("two words")
 
 
-def test_llama_2_as_a_json_gives_the_golden_rows(tmp_path, llama2):
+def test_llama_2_as_a_json_gives_the_golden_rows(tmp_path, llama2, llama2_folder):
     # The file in Meta's folder says what the SentencePiece model says in the terms of the tokenizers library: which
     # pairs make a piece, the best scores first; bytes where no piece fits; a space before every text.
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA2 / "tokenizer.model"))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(llama2_folder / "tokenizer.model"))
     ids = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
     pairs = [
         (-pieces.get_score(i), ids[piece[:n]], ids[piece[n:]], (piece[:n], piece[n:]))
@@ -359,7 +349,7 @@ def test_llama_2_as_a_json_gives_the_golden_rows(tmp_path, llama2):
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}')
     tokenizer = load_tokenizer(tmp_path)
-    for row in json.loads((LLAMA2 / "golden_llama_spm.json").read_text()):
+    for row in json.loads((llama2_folder / "golden_llama_spm.json").read_text()):
         assert tokenizer.encode(row["text"]) == row["ids"], row["text"]
         assert tokenizer.decode(row["ids"]) == llama2.decode(row["ids"])
     assert (tokenizer.vocabulary, tokenizer.bos, tokenizer.eos) == (32_000, 1, 2)
