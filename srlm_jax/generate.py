@@ -1,5 +1,6 @@
 """`python -m srlm_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl`: completions of any Llama."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -63,13 +64,10 @@ def generate(
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose another --output, or remove it")
     asked = sources.read_prompts(prompts, "prompt")
-    parts = output.parent / f".{output.name}.parts"
-    facts = {"checkpoint": str(checkpoint), "prompts": rows.digest(prompts), "format": chat_format, "seed": seed}
-    _go_on(parts, facts | {name: value for name, value in vars(params).items() if name != "stop"})
     mesh = meshes.sample_mesh(MeshShape(data=1, fsdp=-1, tensor=1))
     config = weights.read_config(checkpoint, param_dtype="float32", compute_dtype="float32", remat=False)
     dtype = weights.source_dtype(checkpoint, config)
-    config = weights.read_config(checkpoint, param_dtype=dtype, compute_dtype=dtype, remat=False)
+    config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
     tokenizer = load_tokenizer(checkpoint)
     check_vocabulary(tokenizer, config.V)
     places = rules.model_shardings(mesh, rules.SAMPLE, llama.abstract(config))
@@ -82,6 +80,9 @@ def generate(
         key=stage_key(seed, "generate"),
         work=Work(),
     )
+    parts = output.parent / f".{output.name}.parts"
+    facts = {"checkpoint": str(checkpoint), "prompts": rows.digest(prompts), "format": chat_format, "seed": seed}
+    _go_on(parts, facts | {name: value for name, value in vars(params).items() if name != "stop"})
     done = jsonl.shards_done(parts)
     with progress("generate", params.samples * len(asked), "completion") as report:
         for index, start in enumerate(range(0, len(asked), shard_prompts)):

@@ -115,3 +115,4 @@ def test_a_tokenizer_of_another_model_is_refused(folder, make_llama):
     (folder / "config.json").write_text(json.dumps(config_files.to_hf(model.config, {})))
     with pytest.raises(ValueError, match="8"):
         run(folder, "out.jsonl")
+    assert not list(folder.parent.glob("*out.jsonl*"))  # nothing is begun, so nothing stands in the way of another try
