@@ -60,11 +60,18 @@ class LlamaConfig:
         return self.L * block + self.D + self.V * self.D * (1 if self.tied else 2)
 
 
-def _llama2(*, D: int, L: int, N: int, K: int, F: int) -> LlamaConfig:
+def _published(
+    *, V: int, D: int, L: int, N: int, K: int, H: int, F: int,
+    rope_theta: float, rope_scaling: RopeScaling | None, tied: bool,
+) -> LlamaConfig:  # fmt: skip
     return LlamaConfig(
-        V=32_000, D=D, L=L, N=N, K=K, H=128, F=F, rope_theta=10_000.0, rope_scaling=None, norm_eps=1e-5,
-        tied=False, param_dtype="float32", compute_dtype="bfloat16", remat=True,
+        V=V, D=D, L=L, N=N, K=K, H=H, F=F, rope_theta=rope_theta, rope_scaling=rope_scaling, norm_eps=1e-5,
+        tied=tied, param_dtype="float32", compute_dtype="bfloat16", remat=True,
     )  # fmt: skip
+
+
+def _llama2(*, D: int, L: int, N: int, K: int, F: int) -> LlamaConfig:
+    return _published(V=32_000, D=D, L=L, N=N, K=K, H=128, F=F, rope_theta=10_000.0, rope_scaling=None, tied=False)
 
 
 def llama2_7b() -> LlamaConfig:
@@ -82,6 +89,52 @@ def llama2_70b() -> LlamaConfig:
     return _llama2(D=8192, L=80, N=64, K=8, F=28_672)
 
 
+def tinyllama_1b() -> LlamaConfig:
+    """TinyLlama 1.1B: 1,100,048,384 parameters, the vocabulary of Llama 2."""
+    return _published(
+        V=32_000, D=2048, L=22, N=32, K=4, H=64, F=5632, rope_theta=10_000.0, rope_scaling=None, tied=False
+    )
+
+
+def _smollm2(*, D: int, L: int, N: int, K: int, F: int, rope_theta: float) -> LlamaConfig:
+    return _published(V=49_152, D=D, L=L, N=N, K=K, H=64, F=F, rope_theta=rope_theta, rope_scaling=None, tied=True)
+
+
+def smollm2_135m() -> LlamaConfig:
+    """SmolLM2 135M: 134,515,008 parameters. Its three key-value heads can be split in three only."""
+    return _smollm2(D=576, L=30, N=9, K=3, F=1536, rope_theta=100_000.0)
+
+
+def smollm2_360m() -> LlamaConfig:
+    """SmolLM2 360M: 361,821,120 parameters. Its five key-value heads can be split in five only."""
+    return _smollm2(D=960, L=32, N=15, K=5, F=2560, rope_theta=100_000.0)
+
+
+def smollm2_1_7b() -> LlamaConfig:
+    """SmolLM2 1.7B: 1,711,376,384 parameters."""
+    return _smollm2(D=2048, L=24, N=32, K=32, F=8192, rope_theta=130_000.0)
+
+
+def _llama3(*, D: int, L: int, N: int, H: int, F: int, factor: float, tied: bool) -> LlamaConfig:
+    scaling = RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    return _published(V=128_256, D=D, L=L, N=N, K=8, H=H, F=F, rope_theta=500_000.0, rope_scaling=scaling, tied=tied)
+
+
+def llama3_1_8b() -> LlamaConfig:
+    """Llama 3.1 8B: 8,030,261,248 parameters."""
+    return _llama3(D=4096, L=32, N=32, H=128, F=14_336, factor=8.0, tied=False)
+
+
+def llama3_2_1b() -> LlamaConfig:
+    """Llama 3.2 1B: 1,235,814,400 parameters."""
+    return _llama3(D=2048, L=16, N=32, H=64, F=8192, factor=32.0, tied=True)
+
+
+def llama3_2_3b() -> LlamaConfig:
+    """Llama 3.2 3B: 3,212,749,824 parameters."""
+    return _llama3(D=3072, L=28, N=24, H=128, F=8192, factor=32.0, tied=True)
+
+
 def tiny() -> LlamaConfig:
     """The model of the embedded world: 0.8 million parameters, every mechanism of the large ones."""
     return LlamaConfig(
@@ -96,5 +149,12 @@ PRESETS: dict[str, Callable[[], LlamaConfig]] = {
     "llama2_7b": llama2_7b,
     "llama2_13b": llama2_13b,
     "llama2_70b": llama2_70b,
+    "tinyllama_1b": tinyllama_1b,
+    "smollm2_135m": smollm2_135m,
+    "smollm2_360m": smollm2_360m,
+    "smollm2_1_7b": smollm2_1_7b,
+    "llama3_1_8b": llama3_1_8b,
+    "llama3_2_1b": llama3_2_1b,
+    "llama3_2_3b": llama3_2_3b,
     "tiny": tiny,
 }

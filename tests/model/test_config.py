@@ -9,12 +9,19 @@ import pytest
 from srlm_jax.model import llama
 from srlm_jax.model.config import PRESETS, RopeScaling, tiny
 
-# Llama 2 7B, 13B and 70B as published; the tiny one is counted by hand:
+# As published; the tiny one is counted by hand:
 # 320 * 128 embedding + 4 * (128 * 32 * (2 * 4 + 2 * 2) attention + 3 * 128 * 384 MLP + 2 * 128 norms) + 128.
 PARAMETERS = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
     "llama2_70b": 68_976_648_192,
+    "tinyllama_1b": 1_100_048_384,
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "smollm2_1_7b": 1_711_376_384,
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
     "tiny": 869_504,
 }
 
