@@ -1,15 +1,20 @@
 """Everything a run depends on, by scale. Every default of the project is here; `configs/iter1.py` to `iter3.py` say
 only how far to go.
 
+`tiny` and `smoke` bring their own world; `llama2_7b` and the other Llamas take the folder of their weights as
+config.model.path and human data as config.seed_data. The paper's own run is `llama2_70b`.
+
 Numbers marked with a section are those of Self-Rewarding Language Models (arXiv 2401.10020); where the paper is silent
 the choice is ours and says why.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from ml_collections import ConfigDict, config_dict
 
 from srlm_jax.model import config as presets
+from srlm_jax.model.config import LlamaConfig
 
 
 def sampling(
@@ -35,16 +40,67 @@ def training(
     return c
 
 
-def get_config(scale: str | None, models: int) -> ConfigDict:
-    """A scale's configuration, up to the model M`models`: "tiny", which is also meant by none, or "smoke"."""
-    scales = {"tiny": tiny, "smoke": smoke}
-    scale = scale or "tiny"
-    if scale not in scales:
-        raise ValueError(f"unknown scale {scale!r} after the config's colon: choose one of {', '.join(scales)}")
-    c = scales[scale]()
-    c.models = models
-    c.workdir = f"runs/{scale}"
+def endpoint() -> ConfigDict:
+    """An OpenAI-compatible server, none unless its url is given."""
+    c = ConfigDict()
+    c.url = config_dict.placeholder(str)
+    c.model = config_dict.placeholder(str)
+    c.key_variable = config_dict.placeholder(str)  # the environment variable that holds its key
+    c.timeout_s = 600.0  # all samples of a prompt come in one answer
+    c.retries = 5
+    c.concurrency = 32
+    c.requests_per_minute = 6_000
     return c
+
+
+def seed_data(*, ift_prompts: int, eft_train_prompts: int, eft_eval_prompts: int) -> ConfigDict:
+    """Where the human data come from: an Open Assistant export, or three sources of one's own."""
+    c = ConfigDict({"rules": {"lang": "en", "min_ranked": 2, **locals()}})
+    for source in ("trees", "ift", "eft_train", "eft_eval"):
+        c[source] = config_dict.placeholder(str)
+    return c
+
+
+def model(preset: LlamaConfig) -> ConfigDict:
+    """The numbers of a Llama; a folder that is given as `path` has its own."""
+    c = ConfigDict(dataclasses.asdict(preset))
+    c.path = config_dict.placeholder(str)
+    return c
+
+
+def self_instruction(*, prompts: int, max_candidates: int, batch: int, generator: str | None) -> ConfigDict:
+    c = ConfigDict({"prompts": prompts, "max_candidates": max_candidates, "batch": batch})
+    c.generator = config_dict.placeholder(str)
+    c.generator = generator
+    c.endpoint = endpoint()  # a server that writes the prompts
+    c.prompts_file = config_dict.placeholder(str)  # a fixed set of prompts instead of new ones
+    c.from_seeds = 6  # section 3.1.3: 8 shots, 6 from IFT and 2 from generated prompts
+    c.from_generated = 2
+    # Self-Instruct's rules (arXiv 2212.10560, section 2.2), which section 2.2 refers to.
+    c.filters = ConfigDict(
+        {
+            "min_words": 4,
+            "max_words": 150,
+            "banned_words": (
+                "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw",
+                "plot", "go to",
+            ),
+            "banned_starts": ("write a program",),
+            "max_rouge_l": 0.7,
+        }
+    )  # fmt: skip
+    return c
+
+
+def validation() -> ConfigDict:
+    """Where no oracle is: prompts that every model answers, and a server that judges the answers."""
+    c = ConfigDict()
+    c.prompts_file = config_dict.placeholder(str)
+    c.endpoint = endpoint()
+    return c
+
+
+# --- the embedded world -----------------------------------------------------------------------------------------------
 
 
 def tiny() -> ConfigDict:
@@ -58,7 +114,9 @@ def tiny() -> ConfigDict:
     c.logprob_chunk = 512
     c.length_multiple = 16
     c.reference_batch = 64
-    c.model = ConfigDict(dataclasses.asdict(presets.tiny()))
+    c.model = model(presets.tiny())
+    c.chat = "plain"
+    c.endpoint = endpoint()  # a server that samples from the models of this run
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     c.engine = ConfigDict({"rows": 192, "steps": 8})
 
@@ -75,16 +133,8 @@ def tiny() -> ConfigDict:
             "rank_noise": 0.4,
         }
     )
-    # Nothing: the embedded world's trees. Else an Open Assistant export, or three sources of one's own.
-    c.seed_data = ConfigDict()
-    c.seed_data.trees = config_dict.placeholder(str)
-    c.seed_data.ift = config_dict.placeholder(str)
-    c.seed_data.eft_train = config_dict.placeholder(str)
-    c.seed_data.eft_eval = config_dict.placeholder(str)
-    # Section 3.1.1 has 3,200 IFT examples, about 570 EFT training prompts and 190 for evaluation.
-    c.seed_data.rules = ConfigDict(
-        {"lang": "en", "min_ranked": 2, "ift_prompts": 1_000, "eft_train_prompts": 570, "eft_eval_prompts": 190}
-    )
+    # Without sources, the embedded world's trees. Section 3.1.1 has 3,200 IFT examples.
+    c.seed_data = seed_data(ift_prompts=1_000, eft_train_prompts=570, eft_eval_prompts=190)
 
     c.pretraining = ConfigDict()
     c.pretraining.sequence_length = 208
@@ -118,26 +168,12 @@ def tiny() -> ConfigDict:
         }
     )
 
-    c.self_instruction = ConfigDict()
-    c.self_instruction.prompts_file = config_dict.placeholder(str)  # a fixed set of prompts instead of new ones
-    c.self_instruction.prompts = 600
-    c.self_instruction.max_candidates = 12_000
-    c.self_instruction.batch = 192
-    c.self_instruction.from_seeds = 6  # section 3.1.3: 8 shots, 6 from IFT and 2 from generated prompts
-    c.self_instruction.from_generated = 2
-    c.self_instruction.generator = "current"  # the paper's is a fixed Llama 2-Chat 70B; appendix A.5 uses the current
-    c.self_instruction.filters = ConfigDict(
-        {
-            "min_words": 4,
-            "max_words": 150,
-            "banned_words": (
-                "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw",
-                "plot", "go to",
-            ),
-            "banned_starts": ("write a program",),
-            "max_rouge_l": 0.7,
-        }
-    )  # fmt: skip
+    c.self_instruction = self_instruction(
+        prompts=600,
+        max_candidates=12_000,
+        batch=192,
+        generator="current",  # the paper's is a fixed Llama 2-Chat 70B; appendix A.5 uses the current model
+    )
     c.self_instruction.sampling = sampling(
         samples=1, temperature=0.6, top_p=0.9, max_new_tokens=32, stop=("\n10.",)  # section 3.1.3
     )  # fmt: skip
@@ -157,6 +193,7 @@ def tiny() -> ConfigDict:
         # Section 3.1.3 has 1e-6 falling to 1e-7.
         optimizer=optimizer(learning_rate=1e-5, end_learning_rate=1e-6, warmup_steps=10, weight_decay=0.0),
     )
+    c.validation = validation()
     return c
 
 
@@ -174,4 +211,123 @@ def smoke() -> ConfigDict:
     c.self_instruction.update({"prompts": 48, "max_candidates": 960, "batch": 96})
     c.dpo.train.update({"steps": 20, "batch_size": 8, "checkpoint_every": 10})
     c.eft.max_tied_pairs = 3  # a judge that has hardly learned gives many ties
+    return c
+
+
+# --- Llama 2 and its kin ----------------------------------------------------------------------------------------------
+
+
+def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None) -> ConfigDict:
+    """The paper's run (section 3.1), with a model of any size.
+
+    The paper has one size, 70 billion parameters. The others keep its numbers, for it gives no rule by which to change
+    them.
+    """
+    c = ConfigDict()
+    c.seed = 0
+    c.coordinator = config_dict.placeholder(str)
+    # Llama 2 reads 4,096 tokens. Half of them hold the judge's rubric (389), a prompt of Self-Instruct's 150 words, an
+    # answer and a verdict; human examples that are longer are left out and counted.
+    c.context_length = 2_048
+    c.max_prompt_tokens = 192  # about 150 words
+    c.shard_prompts = 256
+    c.logprob_chunk = 256
+    c.length_multiple = 128
+    c.reference_batch = 32  # log-probabilities take no gradient, so more rows at a time than a training step has
+    c.model = model(preset)
+    c.chat = chat  # the paper does not say how Llama 2 is asked; later work of its authors wraps prompts in [INST]
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": tensor})
+    # 64 rows of 1,024 new tokens are 34 GB of keys and values in a 7B, and 21 GB in a 70B, whose heads share them; a
+    # pod has room for as many again on each copy of the weights.
+    c.engine = ConfigDict({"rows": 64, "steps": 16})
+    c.endpoint = endpoint()  # a server that samples from the models of this run
+    c.world = None
+    c.pretraining = None
+
+    # Section 3.1.1: 3,200 IFT examples in English, first turn, rank 0; EFT 1,630 and 541 examples, which at 2.85 ranked
+    # answers a prompt are about 570 prompts and 190.
+    c.seed_data = seed_data(ift_prompts=3_200, eft_train_prompts=570, eft_eval_prompts=190)
+
+    c.sft = ConfigDict()
+    c.sft.dropout = 0.1  # section 3.1.3
+    c.sft.train = training(
+        steps=600,  # not in the paper: three epochs of IFT, two of IFT + EFT
+        batch_size=16,  # section 3.1.3
+        log_every=10,
+        checkpoint_every=200,  # section 3.1.3
+        # Section 3.1.3: 5.5e-6, cosine, to 1.1e-6. Warm-up and weight decay are not in the paper: a thirtieth of the
+        # steps, and the weight decay of Llama 2's own fine-tuning (arXiv 2307.09288, section 3.1).
+        optimizer=optimizer(learning_rate=5.5e-6, end_learning_rate=1.1e-6, warmup_steps=20, weight_decay=0.1),
+    )
+
+    # Section 3.1.1 keeps judgements that agree with the human ranking, and does not say how ties and judgements without
+    # a score count, nor how many judgements there are of an answer: here as many as votes (section 2.2).
+    c.eft = ConfigDict(
+        {
+            "min_scored": 2,  # one score agrees with any ranking
+            "max_tied_pairs": 1,  # five points seldom order three answers strictly; no pair may be ordered wrongly
+            "draws_per_prompt": 3,
+            "most_common_share": 0.4,  # section 3.1.1 thins the most common score, 4, and does not say how far
+        }
+    )
+
+    c.self_instruction = self_instruction(
+        # Not in the paper, which has 3,964 pairs in the first round and 6,942 in the second: enough for both.
+        prompts=8_000,
+        max_candidates=64_000,
+        batch=256,
+        generator=generator,  # section 3.1.3: a fixed Llama 2-Chat 70B, whose folder is yours to give
+    )
+    # Section 3.1.3: T 0.6, top-p 0.9. A prompt of 150 words has room in 256 tokens; the tenth task begins a new list.
+    c.self_instruction.sampling = sampling(samples=1, temperature=0.6, top_p=0.9, max_new_tokens=256, stop=("\n10.",))
+
+    # Section 3.1.3: four responses, T 0.7, top-p 0.9. Sections 2.2 and 3.1.3: three judgements, drawn as the responses
+    # are. The lengths are not in the paper: an answer of 750 words; a verdict of at most 100 (figure 2), and its score.
+    c.responses = sampling(samples=4, temperature=0.7, top_p=0.9, max_new_tokens=1_024, stop=())
+    c.judging = sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=256, stop=())
+
+    c.dpo = ConfigDict()
+    c.dpo.beta = 0.1  # section 3.1.3
+    c.dpo.dropout = 0.1  # section 3.1.3
+    c.dpo.train = training(
+        steps=400,  # not in the paper: 1.6 epochs of its first round's pairs, 0.9 of its second's
+        batch_size=16,  # section 3.1.3
+        log_every=10,
+        checkpoint_every=200,  # section 3.1.3
+        # Section 3.1.3: 1e-6 falling to 1e-7; the curve is not named, and a cosine here as in SFT. No weight decay:
+        # beta is what holds the model near the one it starts from.
+        optimizer=optimizer(learning_rate=1e-6, end_learning_rate=1e-7, warmup_steps=20, weight_decay=0.0),
+    )
+    c.validation = validation()
+    return c
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+# `tensor` splits a model's matrices where a copy of its weights for sampling would not fit one device.
+SCALES: dict[str, Callable[[], ConfigDict]] = {
+    "tiny": tiny,
+    "smoke": smoke,
+    "llama2_7b": lambda: llama(presets.llama2_7b(), chat="llama2", tensor=1, generator=None),
+    "llama2_13b": lambda: llama(presets.llama2_13b(), chat="llama2", tensor=2, generator=None),
+    "llama2_70b": lambda: llama(presets.llama2_70b(), chat="llama2", tensor=8, generator=None),
+    # These write their prompts themselves (appendix A.5) unless told otherwise.
+    "tinyllama_1b": lambda: llama(presets.tinyllama_1b(), chat="llama2", tensor=1, generator="current"),
+    "smollm2_135m": lambda: llama(presets.smollm2_135m(), chat="chatml", tensor=1, generator="current"),
+    "smollm2_360m": lambda: llama(presets.smollm2_360m(), chat="chatml", tensor=1, generator="current"),
+    "smollm2_1_7b": lambda: llama(presets.smollm2_1_7b(), chat="chatml", tensor=1, generator="current"),
+    "llama3_1_8b": lambda: llama(presets.llama3_1_8b(), chat="llama3", tensor=1, generator="current"),
+    "llama3_2_1b": lambda: llama(presets.llama3_2_1b(), chat="llama3", tensor=1, generator="current"),
+    "llama3_2_3b": lambda: llama(presets.llama3_2_3b(), chat="llama3", tensor=1, generator="current"),
+}
+
+
+def get_config(scale: str | None, models: int) -> ConfigDict:
+    """A scale's configuration, up to the model M`models`; no scale means "tiny"."""
+    scale = scale or "tiny"
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r} after the config's colon: choose one of {', '.join(SCALES)}")
+    c = SCALES[scale]()
+    c.models = models
+    c.workdir = f"runs/{scale}"
     return c

@@ -1,6 +1,5 @@
 """`python -m srlm_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl`: completions of any Llama."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -8,17 +7,14 @@ from absl import app, flags, logging
 from etils import epath
 
 from srlm_jax.data import sources
-from srlm_jax.model import llama, weights
 from srlm_jax.parallel import mesh as meshes
-from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape
-from srlm_jax.pipeline.generate import ModelGenerate, stage_key
+from srlm_jax.pipeline.generate import open_model, stage_key
 from srlm_jax.pipeline.run import progress
 from srlm_jax.records import Prompt, Request, Responses, SamplingParams
-from srlm_jax.sampling.engine import EngineConfig, Work
+from srlm_jax.sampling.engine import EngineConfig
 from srlm_jax.storage import jsonl, rows
 from srlm_jax.text.chat import FORMATS, PLAIN
-from srlm_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
 # What a user can put right: told in one line, without a traceback.
 FAILURES = (ValueError, OSError)
@@ -64,21 +60,12 @@ def generate(
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose another --output, or remove it")
     asked = sources.read_prompts(prompts, "prompt")
-    mesh = meshes.sample_mesh(MeshShape(data=1, fsdp=-1, tensor=1))
-    config = weights.read_config(checkpoint, param_dtype="float32", compute_dtype="float32", remat=False)
-    dtype = weights.source_dtype(checkpoint, config)
-    config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
-    tokenizer = load_tokenizer(checkpoint)
-    check_vocabulary(tokenizer, config.V)
-    places = rules.model_shardings(mesh, rules.SAMPLE, llama.abstract(config))
-    source = ModelGenerate(
-        model=weights.load(checkpoint, config, places),
-        tokenizer=tokenizer,
+    source = open_model(
+        checkpoint,
+        meshes.sample_mesh(MeshShape(data=1, fsdp=-1, tensor=1)),
         chat_format=FORMATS.get(chat_format, PLAIN),
         config=engine,
-        mesh=mesh,
         key=stage_key(seed, "generate"),
-        work=Work(),
     )
     parts = output.parent / f".{output.name}.parts"
     facts = {"checkpoint": str(checkpoint), "prompts": rows.digest(prompts), "format": chat_format, "seed": seed}

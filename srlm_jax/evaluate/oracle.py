@@ -17,13 +17,14 @@ def oracle_metrics(answers: Sequence[Responses], scores: Sequence[OracleScores])
     points = [row for row in points if row]
     lengths = [[completion.tokens for completion in answer.completions] for answer in answers]
     return {
-        "oracle_score": _mean([sum(row) / len(row) for row in points]),
-        "perfect": _mean([sum(score == 5 for score in row) / len(row) for row in points]),
-        "response_tokens": _mean([sum(row) / len(row) for row in lengths]),
+        "oracle_score": mean([sum(row) / len(row) for row in points]),
+        "perfect": mean([sum(score == 5 for score in row) / len(row) for row in points]),
+        "response_tokens": mean([sum(row) / len(row) for row in lengths]),
     }
 
 
-def _mean(values: Sequence[float]) -> Metric:
+def mean(values: Sequence[float]) -> Metric:
+    """The mean of at least two independent values."""
     n = len(values)
     mean = sum(values) / n
     variance = sum((value - mean) ** 2 for value in values) / max(n - 1, 1)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from srlm_jax.data import sources
-from srlm_jax.model.llama import Llama
-from srlm_jax.parallel import rules
+from srlm_jax.model import weights
+from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, naming, progress
 from srlm_jax.pipeline.settings import BadConfig
@@ -24,21 +24,52 @@ from srlm_jax.records import (
 from srlm_jax.storage import jsonl
 from srlm_jax.text import self_instruct
 from srlm_jax.text.self_instruct import Candidate, NoveltyPool, Rejection
+from srlm_jax.text.tokenizer import load_tokenizer
 
 
-def _generator(run: Run, current: str) -> Llama:
-    """The model that writes new prompts."""
-    wanted = run.settings.self_instruction.generator
-    if wanted == "current":
-        wanted = current
-    if (run.workdir / wanted / "checkpoint").exists():
-        return run.load_to_sample(wanted)
-    if epath.Path(wanted).exists():
-        return run.load(epath.Path(wanted), run.sample_mesh, rules.SAMPLE)
-    raise BadConfig(
-        f"config.self_instruction.generator is {wanted!r}: neither 'current', nor a model of {run.workdir}, nor the "
-        "folder of a checkpoint"
-    )
+def check_writer(run: Run) -> None:
+    """Refuses, before any training, a source of new prompts that will not be there when a round needs it.
+
+    Raises:
+      BadConfig: it is neither a model of this run nor a folder with a model and a tokenizer.
+      EndpointError, ImportError: the server cannot be asked.
+    """
+    s = run.settings
+    if s.models < 2 or s.self_instruction.prompts_file is not None:
+        return
+    if s.self_instruction.endpoint.url is not None:
+        EndpointGenerate(s.self_instruction.endpoint)
+        return
+    writer = s.self_instruction.generator
+    if writer in ("current", "m0", "sft", "m1"):
+        return
+    with naming("config.self_instruction.generator"):
+        if not epath.Path(writer).exists():
+            raise BadConfig(
+                f"{writer!r} is neither 'current', nor a model that every round finds (m0, sft, m1), nor a folder"
+            )
+        weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat=False)
+        load_tokenizer(writer)
+
+
+def _prompt_writer(run: Run, start: str, stage: str) -> Generate:
+    """The source of new prompts: a server, a model of this run, or any other."""
+    s = run.settings.self_instruction
+    if s.endpoint.url is not None:
+        return EndpointGenerate(s.endpoint)
+    if (own := _own_writer(run, start)) is not None:
+        return run.generate(own, stage)
+    with naming("config.self_instruction.generator"):
+        return run.generate_with(epath.Path(s.generator), stage)
+
+
+def _own_writer(run: Run, start: str) -> str | None:
+    """The model of this run that writes new prompts, None where none does."""
+    s = run.settings.self_instruction
+    if s.endpoint.url is not None:
+        return None
+    name = start if s.generator == "current" else s.generator
+    return name if (run.workdir / name / "checkpoint").exists() else None
 
 
 def create_prompts(run: Run, name: str, start: str) -> None:
@@ -51,12 +82,11 @@ def create_prompts(run: Run, name: str, start: str) -> None:
         return
 
     def work() -> Outcome:
-        model = _generator(run, start)
-        generate = run.generate(model, stage)
+        generate = _prompt_writer(run, start, stage)
         seeds = [
             example.prompt
             for example in jsonl.read(run.workdir / "seed" / "ift.jsonl", Example)
-            if _prompt_tokens(run, example.prompt) <= run.settings.max_prompt_tokens
+            if prompt_tokens(run, example.prompt) <= run.settings.max_prompt_tokens
         ]
         folder = run.workdir / name / "candidates"
         pool, accepted, counts = NoveltyPool(seeds, s.filters.max_rouge_l), [], collections.Counter()
@@ -89,15 +119,12 @@ def create_prompts(run: Run, name: str, start: str) -> None:
         jsonl.write(jsonl.shard(run.workdir / name / "prompts", 0), prompts)
         return Outcome({"kept": len(prompts)} | {str(r): counts[str(r)] for r in Rejection if counts[str(r)]}, None)
 
-    wanted = s.generator
-    inputs = (f"{start if wanted == 'current' else wanted}/train",)
-    if run.ledger.entry(inputs[0]) is None:
-        inputs = (f"{start}/train",)  # a checkpoint from elsewhere: the order of the run is kept all the same
     run.ledger.run(
         stage,
         work,
-        config=run.config("self_instruction", "max_prompt_tokens", "engine"),
-        inputs=("seed", *inputs),
+        config=run.config("self_instruction", "max_prompt_tokens", *run.SAMPLING),
+        # Of a writer from elsewhere the ledger knows nothing: the order of the run is kept all the same.
+        inputs=("seed", f"{_own_writer(run, start) or start}/train"),
         outputs=(f"{name}/prompts", f"{name}/candidates"),
     )
 
@@ -111,7 +138,7 @@ def _take_prompts(run: Run, name: str) -> None:
             given = sources.read_prompts(source, "prompt")
         evaluated = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
         prompts, counts = sources.usable_prompts(given, evaluated)
-        fitting = [p for p in prompts if _prompt_tokens(run, p.text) <= run.settings.max_prompt_tokens]
+        fitting = [p for p in prompts if prompt_tokens(run, p.text) <= run.settings.max_prompt_tokens]
         counts |= {str(Rejection.TOO_MANY_TOKENS): len(prompts) - len(fitting)}
         if not fitting:
             raise EmptyStage(
@@ -126,7 +153,8 @@ def _take_prompts(run: Run, name: str) -> None:
     run.ledger.run(stage, work, config=config, inputs=("seed",), outputs=(f"{name}/prompts",))
 
 
-def _prompt_tokens(run: Run, text: str) -> int:
+def prompt_tokens(run: Run, text: str) -> int:
+    """The length that config.max_prompt_tokens bounds."""
     return len(run.tokenizer.encode(text))
 
 
@@ -161,7 +189,7 @@ def _draw_candidates(
             rejection, text = task, completion.text
         else:
             rejection, text = self_instruct.check(task, s.filters), task
-            if rejection is None and _prompt_tokens(run, task) > run.settings.max_prompt_tokens:
+            if rejection is None and prompt_tokens(run, task) > run.settings.max_prompt_tokens:
                 rejection = Rejection.TOO_MANY_TOKENS
             if rejection is None:
                 rejection = pool.admit(task)
@@ -173,7 +201,7 @@ def draw_answers(
     run: Run, model_name: str, stage: str, prompts: Sequence[Prompt], params: SamplingParams, title: str
 ) -> list[Responses]:
     """Answers of a model to each prompt, as shards in the folder of `stage`; see `Run.in_shards`."""
-    generate = run.generate(run.load_to_sample(model_name), stage)
+    generate = run.generate(model_name, stage)
 
     def work(part: Sequence[Prompt], report: Callable[[int, int], None]) -> list[Responses]:
         requests = [Request(id=prompt.id, prompts=(prompt.text,), chat=True) for prompt in part]
@@ -202,7 +230,7 @@ def respond(run: Run, name: str, start: str) -> None:
     run.ledger.run(
         stage,
         work,
-        config=run.config("responses", "shard_prompts", "engine"),
+        config=run.config("responses", *run.SAMPLING),
         inputs=(f"{name}/prompts", f"{start}/train"),
         outputs=(stage,),
     )

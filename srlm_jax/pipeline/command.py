@@ -5,27 +5,37 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 import srlm_jax
-from srlm_jax.data import world
 from srlm_jax.parallel import mesh
+from srlm_jax.pipeline.endpoint import EndpointError
 from srlm_jax.pipeline.iteration import self_reward
 from srlm_jax.pipeline.ledger import EmptyStage, StaleStage
 from srlm_jax.pipeline.report import write_report
-from srlm_jax.pipeline.run import make_run
+from srlm_jax.pipeline.run import Run, make_run
 from srlm_jax.pipeline.settings import BadConfig, read
 from srlm_jax.storage import jsonl
 from srlm_jax.storage.checkpoint import BadCheckpoint
 from srlm_jax.storage.jsonl import BadRecord
-from srlm_jax.text.chat import PLAIN
-from srlm_jax.text.tokenizer import WordTokenizer
 from srlm_jax.train.loop import Diverged
 
 # What a user can put right: told in one line, without a traceback.
-FAILURES = (BadConfig, StaleStage, EmptyStage, BadCheckpoint, BadRecord, Diverged, ValueError, OSError)
+FAILURES = (
+    BadConfig,
+    StaleStage,
+    EmptyStage,
+    BadCheckpoint,
+    BadRecord,
+    Diverged,
+    EndpointError,
+    ImportError,
+    ValueError,
+    OSError,
+)
 
 _TITLES = {"m0": "M0", "sft": "SFT", "m1": "M1", "m2": "M2", "m3": "M3"}
 _COLUMNS = {
     "oracle_score": ("oracle score", "{:.2f} ± {:.2f}"),
     "perfect": ("perfect", "{:.1%} ± {:.1%}"),
+    "validation_score": ("validation", "{:.2f} ± {:.2f}"),
     "response_tokens": ("tokens", "{:.1f} ± {:.1f}"),
     "pairwise_accuracy": ("pairwise", "{:.3f} ± {:.3f}"),
     "five_best": ("5-best", "{:.1%} ± {:.1%}"),
@@ -42,7 +52,9 @@ def run_command(config: Mapping, redo: str | None) -> None:
     """
     settings = read(config)
     mesh.start(settings.coordinator)
-    run = make_run(settings, srlm_jax.__version__, WordTokenizer(world.vocabulary()), PLAIN, world.RUBRIC)
+    run = make_run(settings, srlm_jax.__version__)
+    if not run.embedded:
+        print(_introduced(run))
     if redo is not None:
         print(f"removed: {', '.join(run.ledger.redo(redo))}")
     names = self_reward(run)
@@ -51,6 +63,13 @@ def run_command(config: Mapping, redo: str | None) -> None:
     write_report(run.workdir, tuple(results))
     print("\n" + results_table(results))
     print(f"\n{run.workdir / 'results.json'}\n{run.workdir / 'report.html'}")
+
+
+def _introduced(run: Run) -> str:
+    """What is about to be trained, in a line: a wrong folder is seen before it costs anything."""
+    model = run.settings.model
+    said = f"model: {model.path}, {model.parameters:,} parameters, {run.tokenizer.vocabulary:,} tokens"
+    return f"{said}; chat format: {run.settings.chat}"
 
 
 def collect_results(workdir: epath.Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:

@@ -19,8 +19,8 @@ from srlm_jax.records import Completion, Request, SamplingParams
 class EndpointConfig:
     """Which server is asked, and how patiently."""
 
-    url: str  # up to and with the version, "http://localhost:8000/v1"
-    model: str  # its name there
+    url: str | None  # up to and with the version, "http://localhost:8000/v1"; None: no server is asked
+    model: str | None  # its name there
     key_variable: str | None  # the environment variable that holds the key; None for a server that wants none
     timeout_s: float  # without a sign from the server
     retries: int  # of one request, after its first attempt
@@ -28,6 +28,10 @@ class EndpointConfig:
     requests_per_minute: int  # attempts started, retries among them
 
     def __post_init__(self):
+        if self.url is None:
+            return
+        if not self.model:
+            raise ValueError(f"url is {self.url!r} and model is not given: the name that the server knows the model by")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             raise ValueError(

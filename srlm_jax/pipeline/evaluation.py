@@ -1,49 +1,86 @@
 """What is measured of each model; nothing here is read by any training."""
 
+import dataclasses
 from collections.abc import Sequence
 
-from srlm_jax.data import world
+from srlm_jax.data import sources, world
 from srlm_jax.evaluate.oracle import oracle_metrics
 from srlm_jax.evaluate.reward_metrics import reward_metrics
-from srlm_jax.pipeline.answering import draw_answers
-from srlm_jax.pipeline.judging import as_responses, judge_all, vote_counts
+from srlm_jax.evaluate.validation import validation_metrics
+from srlm_jax.pipeline.answering import draw_answers, prompt_tokens
+from srlm_jax.pipeline.endpoint import EndpointGenerate
+from srlm_jax.pipeline.judging import as_responses, judge_all, judge_answers, ranked_prompts, vote_counts
 from srlm_jax.pipeline.ledger import Outcome
-from srlm_jax.pipeline.run import Run
+from srlm_jax.pipeline.run import Run, naming
+from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import (
+    Metric,
     OracleScores,
     Prompt,
-    RankedPrompt,
     Responses,
-    SamplingParams,
 )
 from srlm_jax.storage import jsonl
 
 
 def evaluate(run: Run, name: str) -> None:
-    """The judge against the humans on the EFT evaluation split, and the oracle's scores of held-out answers."""
+    """The judge against the humans on the EFT evaluation split; and answers to held-out prompts, scored by the oracle
+    in the embedded world and elsewhere by the validation judge."""
     stage, folder = f"{name}/eval", run.workdir / name / "eval"
+    prompts_file = None if run.embedded else run.settings.validation.prompts_file
 
     def work() -> Outcome:
-        ranked = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
+        ranked, too_long = ranked_prompts(run, "eft_eval")
         judged = judge_all(
             run, name, f"{stage}/judgements", [as_responses(p) for p in ranked], f"{name}: evaluating the judge"
         )
-        held_out = jsonl.read(run.workdir / "world" / "held_out.jsonl", Prompt)
-        params = SamplingParams(**{**vars(run.settings.responses), "samples": 1})
-        answers = draw_answers(run, name, f"{stage}/responses", held_out, params, f"{name}: held-out answers")
-        scores = _oracle_scores(answers)
-        jsonl.write(folder / "oracle.jsonl", scores)
-        metrics = oracle_metrics(answers, scores) | reward_metrics(ranked, judged)
+        metrics = reward_metrics(ranked, judged)
+        if run.embedded:
+            metrics = _oracle_metrics(run, name, stage) | metrics
+        elif prompts_file is not None:
+            metrics = _validation_metrics(run, name, stage) | metrics
         jsonl.write_json(folder / "metrics.json", {key: vars(metric) for key, metric in metrics.items()})
-        return Outcome(vote_counts(judged), None)
+        return Outcome(vote_counts(judged) | {"prompts_with_too_many_tokens": too_long}, None)
 
+    fields = ["judging", "responses", "context_length", *run.SAMPLING, *([] if run.embedded else ["validation"])]
     run.ledger.run(
         stage,
         work,
-        config=run.config("judging", "responses", "shard_prompts", "engine"),
-        inputs=("world", "seed", f"{name}/train"),
+        config=run.config(*fields) | run.contents(validation__prompts_file=prompts_file),
+        inputs=(*(["world"] if run.embedded else []), "seed", f"{name}/train"),
         outputs=(stage,),
     )
+
+
+def _held_out_answers(run: Run, name: str, stage: str, prompts: Sequence[Prompt]) -> list[Responses]:
+    """One answer to each prompt, drawn as a round draws its answers."""
+    params = dataclasses.replace(run.settings.responses, samples=1)
+    return draw_answers(run, name, f"{stage}/responses", prompts, params, f"{name}: held-out answers")
+
+
+def _oracle_metrics(run: Run, name: str, stage: str) -> dict[str, Metric]:
+    held_out = jsonl.read(run.workdir / "world" / "held_out.jsonl", Prompt)
+    answers = _held_out_answers(run, name, stage, held_out)
+    scores = _oracle_scores(answers)
+    jsonl.write(run.workdir / stage / "oracle.jsonl", scores)
+    return oracle_metrics(answers, scores)
+
+
+def _validation_metrics(run: Run, name: str, stage: str) -> dict[str, Metric]:
+    """How long the answers to the validation prompts are and, where a server judges them, what it gives them."""
+    s = run.settings.validation
+    with naming("config.validation.prompts_file"):
+        prompts = sources.read_prompts(s.prompts_file, "validation")
+        for prompt in prompts:
+            if (tokens := prompt_tokens(run, prompt.text)) > run.settings.max_prompt_tokens:
+                raise BadConfig(
+                    f"prompt {prompt.id!r} has {tokens} tokens, more than config.max_prompt_tokens "
+                    f"{run.settings.max_prompt_tokens}: take it out, or raise the limit"
+                )
+    answers = _held_out_answers(run, name, stage, prompts)
+    if s.endpoint.url is None:
+        return validation_metrics(answers, [])
+    judged = judge_answers(run, EndpointGenerate(s.endpoint), f"{stage}/validation", answers, f"{name}: validation")
+    return validation_metrics(answers, judged)
 
 
 def score_round_by_oracle(run: Run, name: str) -> None:

@@ -5,12 +5,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import jax
+from etils import epath
 
+from srlm_jax.model import llama, weights
 from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import rules
 from srlm_jax.records import Completion, Request, SamplingParams
 from srlm_jax.sampling import engine
 from srlm_jax.text import chat
-from srlm_jax.text.tokenizer import Tokenizer
+from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 
 def words_32(text: str, count: int) -> tuple[int, ...]:
@@ -92,3 +95,37 @@ class ModelGenerate:
         return Completion(
             text=text[: min(cuts, default=len(text))], tokens=len(sample.ids), finished=sample.finished or bool(cuts)
         )
+
+
+def open_model(
+    folder: epath.PathLike,
+    mesh: jax.sharding.Mesh,
+    *,
+    chat_format: chat.ChatFormat,
+    config: engine.EngineConfig,
+    key: jax.Array,
+) -> ModelGenerate:
+    """A Llama from its folder, in any layout that `model.weights` reads and in the type it is kept in, laid out for
+    sampling, with the tokenizer beside it.
+
+    Raises:
+      BadModelFile, BadCheckpoint: the model cannot be read.
+      ValueError: the tokenizer cannot be used, or is another model's.
+      FileNotFoundError: the folder, or a tokenizer in it, is missing.
+    """
+    folder = epath.Path(folder)
+    sizes = weights.read_config(folder, param_dtype="float32", compute_dtype="float32", remat=False)
+    dtype = weights.source_dtype(folder, sizes)
+    sizes = dataclasses.replace(sizes, param_dtype=dtype, compute_dtype=dtype)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, sizes.V)
+    places = rules.model_shardings(mesh, rules.SAMPLE, llama.abstract(sizes))
+    return ModelGenerate(
+        model=weights.load(folder, sizes, places),
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        config=config,
+        mesh=mesh,
+        key=key,
+        work=engine.Work(),
+    )

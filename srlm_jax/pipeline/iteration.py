@@ -6,10 +6,11 @@ from srlm_jax.pipeline.run import Run
 
 def self_reward(run: Run) -> list[str]:
     """Makes M1 ... M`settings.models` and what they need, evaluating each; returns the models' names in order."""
-    seeding.make_world(run)
+    if run.embedded:
+        seeding.make_world(run)
     seeding.split_seed(run)
 
-    training.pretrain(run)
+    training.make_base(run)
     evaluation.evaluate(run, "m0")
 
     # The SFT baseline: M0 on human answers alone. It judges the ranked answers of the EFT split.
@@ -35,7 +36,8 @@ def self_rewarding_round(run: Run, name: str, start: str) -> None:
     answering.create_prompts(run, name, start)
     answering.respond(run, name, start)
     judging.judge_responses(run, name, start)
-    evaluation.score_round_by_oracle(run, name)
+    if run.embedded:
+        evaluation.score_round_by_oracle(run, name)
     judging.make_pairs(run, name)
     training.reference_logprobs(run, name, start)
     training.train_on_preferences(run, name, start)

@@ -4,11 +4,13 @@ import collections
 from collections.abc import Sequence
 
 from srlm_jax.data import eft, pairs
+from srlm_jax.judge import rubric as rubrics
 from srlm_jax.judge.score import judge
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run
 from srlm_jax.records import (
     Completion,
+    Generate,
     JudgedPrompt,
     NoVote,
     PairDrop,
@@ -17,6 +19,7 @@ from srlm_jax.records import (
     Responses,
 )
 from srlm_jax.storage import jsonl
+from srlm_jax.text import chat
 
 
 def as_responses(prompt: RankedPrompt) -> Responses:
@@ -25,18 +28,48 @@ def as_responses(prompt: RankedPrompt) -> Responses:
     return Responses(id=prompt.id, prompt=prompt.prompt, completions=completions)
 
 
-def judge_all(run: Run, judge_name: str, stage: str, answers: Sequence[Responses], title: str) -> list[JudgedPrompt]:
-    """The judgements of all answers by one model, as shards in the folder of `stage`; see `Run.in_shards`."""
-    generate = run.generate(run.load_to_sample(judge_name), stage)
+def ranked_prompts(run: Run, split: str) -> tuple[list[RankedPrompt], int]:
+    """The prompts of "eft_train" or "eft_eval" of which the judge can see each answer whole and still write its
+    verdict, and how many there are besides: nothing is judged that was cut.
+
+    Raises:
+      EmptyStage: there are prompts, and none of them fits.
+    """
+    ranked = jsonl.read(run.workdir / "seed" / f"{split}.jsonl", RankedPrompt)
+    room = run.settings.context_length - run.settings.judging.max_new_tokens
+
+    def fits(prompt: RankedPrompt) -> bool:
+        texts = [rubrics.fill(run.rubric, prompt.prompt, response) for response in prompt.responses]
+        return all(len(chat.encode_prompt(run.tokenizer, run.chat, text)) <= room for text in texts)
+
+    fitting = [prompt for prompt in ranked if fits(prompt)]
+    if ranked and not fitting:
+        raise EmptyStage(
+            f"seed: none of {len(ranked)} prompts of {split} can be judged in config.context_length "
+            f"{run.settings.context_length} with config.judging.max_new_tokens {run.settings.judging.max_new_tokens}: "
+            "raise the first"
+        )
+    return fitting, len(ranked) - len(fitting)
+
+
+def judge_answers(
+    run: Run, generate: Generate, folder: str, answers: Sequence[Responses], title: str
+) -> list[JudgedPrompt]:
+    """The judgements of all answers by one judge, as shards in `folder`; see `Run.in_shards`."""
     votes = run.settings.judging.samples
     return run.in_shards(
-        run.workdir / stage,
+        run.workdir / folder,
         answers,
         JudgedPrompt,
         lambda part, report: judge(generate, run.rubric, part, run.settings.judging, report),
         title=title,
         completions=lambda answer: votes * len(answer.completions),
     )
+
+
+def judge_all(run: Run, judge_name: str, stage: str, answers: Sequence[Responses], title: str) -> list[JudgedPrompt]:
+    """As `judge_answers`, by a model of this run."""
+    return judge_answers(run, run.generate(judge_name, stage), stage, answers, title)
 
 
 def vote_counts(judged: Sequence[JudgedPrompt]) -> dict[str, int]:
@@ -60,16 +93,16 @@ def judge_ranked(run: Run) -> None:
     """The SFT baseline judges the ranked EFT answers (section 3.1.1)."""
 
     def work() -> Outcome:
-        ranked = jsonl.read(run.workdir / "seed" / "eft_train.jsonl", RankedPrompt)
+        ranked, too_long = ranked_prompts(run, "eft_train")
         judged = judge_all(run, "sft", "eft/judgements", [as_responses(p) for p in ranked], "eft: judging")
-        counts = vote_counts(judged)
+        counts = vote_counts(judged) | {"prompts_with_too_many_tokens": too_long}
         _refuse_if_unscored("eft/judgements", "the SFT baseline", counts)
         return Outcome(counts, None)
 
     run.ledger.run(
         "eft/judgements",
         work,
-        config=run.config("judging", "shard_prompts", "engine"),
+        config=run.config("judging", "context_length", *run.SAMPLING),
         inputs=("seed", "sft/train"),
         outputs=("eft/judgements",),
     )
@@ -79,8 +112,9 @@ def make_eft(run: Run) -> None:
     """Judgements that agree with the humans -> EFT training examples (section 3.1.1)."""
 
     def work() -> Outcome:
+        ranked, _ = ranked_prompts(run, "eft_train")
         made = eft.eft_examples(
-            jsonl.read(run.workdir / "seed" / "eft_train.jsonl", RankedPrompt),
+            ranked,
             jsonl.read(run.workdir / "eft" / "judgements", JudgedPrompt),
             run.rubric,
             run.settings.eft,
@@ -112,7 +146,7 @@ def judge_responses(run: Run, name: str, start: str) -> None:
     run.ledger.run(
         stage,
         work,
-        config=run.config("judging", "shard_prompts", "engine"),
+        config=run.config("judging", *run.SAMPLING),
         inputs=(f"{name}/responses", f"{start}/train"),
         outputs=(stage,),
     )

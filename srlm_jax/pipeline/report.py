@@ -27,6 +27,7 @@ Record = TypeVar("Record")
 _METRICS = (
     ("oracle_score", "Oracle score", "", "mean exact score of answers to held-out prompts, 0 to 5"),
     ("perfect", "Perfect", "%", "held-out answers that the oracle gives 5 of 5"),
+    ("validation_score", "Validation", "", "mean score of answers to the validation prompts by the judge from outside"),
     ("pairwise_accuracy", "Pairwise", "%", "pairs of answers that the judge orders as the ranking does"),
     ("five_best", "5-best", "%", "answers judged 5 of 5 that are ranked first"),
     ("exact_match", "Exact match", "%", "prompts whose whole order the judge gets right"),
@@ -194,6 +195,7 @@ def _estimates(results: dict[str, dict], styles: dict[str, str]) -> list[charts.
     panels = []
     for key, title, label in (
         ("oracle_score", "Oracle score of held-out answers", "score, 0 to 5"),
+        ("validation_score", "Score of answers to the validation prompts", "score, 0 to 5"),
         ("pairwise_accuracy", "Pairwise accuracy as a judge", "fraction of pairs"),
     ):
         found = [

@@ -10,18 +10,21 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from srlm_jax.judge.rubric import Rubric
-from srlm_jax.model import llama
+from srlm_jax.data import world
+from srlm_jax.judge.rubric import Rubric, paper_rubric
+from srlm_jax.model import llama, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel import rules
-from srlm_jax.pipeline.generate import ModelGenerate, stage_key
+from srlm_jax.pipeline.endpoint import EndpointGenerate
+from srlm_jax.pipeline.generate import ModelGenerate, open_model, stage_key
 from srlm_jax.pipeline.ledger import Ledger
-from srlm_jax.pipeline.settings import BadConfig, Settings, flatten
+from srlm_jax.pipeline.settings import BadConfig, ModelSettings, Settings, flatten
+from srlm_jax.records import Generate
 from srlm_jax.sampling.engine import Work
 from srlm_jax.storage import checkpoint, jsonl, rows
-from srlm_jax.text.chat import ChatFormat
-from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary
+from srlm_jax.text.chat import FORMATS, ChatFormat, encode_prompt
+from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
 
 Item = TypeVar("Item")
 Record = TypeVar("Record")
@@ -29,22 +32,46 @@ Record = TypeVar("Record")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run: its settings, its folder, and the means that all stages share."""
+    """A run: its settings, its folder, and the means that all stages share.
+
+    What belongs to the model (its numbers, tokenizer and rubric) is the embedded world's, or that of the folder which
+    config.model.path names.
+    """
 
     settings: Settings
     workdir: epath.Path
     ledger: Ledger
     tokenizer: Tokenizer
-    chat: ChatFormat
     rubric: Rubric
     train_mesh: jax.sharding.Mesh
     sample_mesh: jax.sharding.Mesh
 
+    @property
+    def embedded(self) -> bool:
+        """Whether this is a run in the embedded world, whose oracle knows how good an answer is."""
+        return self.settings.model.path is None
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How instructions and answers become tokens."""
+        return FORMATS[self.settings.chat]
+
+    # The settings that every stage depends on which samples.
+    SAMPLING = ("chat", "engine", "endpoint", "shard_prompts")
+
     def config(self, *fields: str) -> dict[str, object]:
-        """Full names and values of the named parts of the settings: what a stage depends on."""
+        """Full names and values of the named parts of the settings: what a stage depends on.
+
+        Of a server only which model it is asked for: the same may be served elsewhere when a run goes on.
+        """
         flat = flatten(self.settings, "config")
         wanted = [f"config.{field}" for field in (*fields, "seed")]
-        return {n: v for n, v in flat.items() if any(n == field or n.startswith(f"{field}.") for field in wanted)}
+        return {
+            name: value
+            for name, value in flat.items()
+            if any(name == field or name.startswith(f"{field}.") for field in wanted)
+            and ("endpoint" not in name.split(".") or name.endswith(".endpoint.model"))
+        }
 
     def contents(self, **sources: str | None) -> dict[str, object]:
         """A hash of what each source holds that is given, by the name of its field with two underscores for each dot:
@@ -61,31 +88,45 @@ class Run:
                     found[f"{field} (content)"] = rows.digest(source)
         return found
 
-    def load(self, folder: epath.Path, mesh: jax.sharding.Mesh, table: dict[str, rules.MeshAxes]) -> Llama:
-        """A model from its checkpoint, straight into its place on the mesh."""
-        shapes = llama.abstract(self.settings.model)
+    def _load(self, name: str, mesh: jax.sharding.Mesh, table: dict[str, rules.MeshAxes]) -> Llama:
+        """The model of this run called `name` from its checkpoint, straight into its place on the mesh."""
+        shapes = llama.abstract(self.settings.model.llama)
         places = rules.model_shardings(mesh, table, shapes)
         like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, places)
-        return checkpoint.load_model(folder, like)
+        return checkpoint.load_model(self.workdir / name / "checkpoint", like)
 
     def load_to_train(self, name: str) -> Llama:
         """The model of this run called `name`, laid out for training."""
-        return self.load(self.workdir / name / "checkpoint", self.train_mesh, rules.TRAIN)
+        return self._load(name, self.train_mesh, rules.TRAIN)
 
     def load_to_sample(self, name: str) -> Llama:
         """The model of this run called `name`, laid out for sampling."""
-        return self.load(self.workdir / name / "checkpoint", self.sample_mesh, rules.SAMPLE)
+        return self._load(name, self.sample_mesh, rules.SAMPLE)
 
-    def generate(self, model: Llama, stage: str) -> ModelGenerate:
-        """A model as a source of completions, with the random numbers of `stage`."""
+    def generate(self, name: str, stage: str) -> Generate:
+        """The model of this run called `name` as a source of completions: by the server of config.endpoint, or on this
+        job's devices with the random numbers of `stage`."""
+        server = self.settings.endpoint
+        if server.url is not None:
+            return EndpointGenerate(dataclasses.replace(server, model=server.model.replace("{name}", name)))
         return ModelGenerate(
-            model=model,
+            model=self.load_to_sample(name),
             tokenizer=self.tokenizer,
             chat_format=self.chat,
             config=self.settings.engine,
             mesh=self.sample_mesh,
             key=stage_key(self.settings.seed, stage),
             work=Work(),
+        )
+
+    def generate_with(self, folder: epath.Path, stage: str) -> Generate:
+        """A model from elsewhere as a source of completions, with its own tokenizer."""
+        return open_model(
+            folder,
+            self.sample_mesh,
+            chat_format=self.chat,
+            config=self.settings.engine,
+            key=stage_key(self.settings.seed, stage),
         )
 
     def in_shards(
@@ -145,18 +186,34 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, int],
         yield report
 
 
-def make_run(settings: Settings, code: str, tokenizer: Tokenizer, chat: ChatFormat, rubric: Rubric) -> Run:
-    """Opens, or makes, the workdir.
+def make_run(settings: Settings, code: str) -> Run:
+    """Opens, or makes, the workdir; reads what stands beside the weights in config.model.path, where that is given.
 
     Raises:
+      BadConfig: there is no such model, or it cannot be used; it has fewer token ids than its tokenizer.
+      EndpointError, ImportError: a server cannot be asked.
       PermissionError, with the field to change: the workdir cannot be written.
-      BadConfig: the model has fewer token ids than the tokenizer.
       ValueError: the mesh does not fit the devices.
     """
-    try:
+    path = settings.model.path
+    if path is not None:
+        with naming("config.model.path"):
+            settings = dataclasses.replace(settings, model=_numbers_of(path, settings.model))
+            tokenizer, rubric = load_tokenizer(path), paper_rubric()
+    elif settings.world is None or settings.pretraining is None:
+        raise BadConfig(
+            "config.model.path is not given: the folder of a Llama's weights, Hugging Face's layout or Meta's or a "
+            "checkpoint of this package, with its tokenizer"
+        )
+    else:
+        tokenizer, rubric = WordTokenizer(world.vocabulary()), world.RUBRIC
+    with naming("config.model.V" if path is None else "config.model.path"):
         check_vocabulary(tokenizer, settings.model.V)
-    except ValueError as error:
-        raise BadConfig(f"config.model.V: {error}") from error
+    for server in (settings.endpoint, settings.validation.endpoint):
+        if server.url is not None:
+            EndpointGenerate(server)  # which looks for the key
+    with naming("config.chat"):
+        encode_prompt(tokenizer, FORMATS[settings.chat], "")  # which looks up the marks
     workdir = epath.Path(settings.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -170,8 +227,14 @@ def make_run(settings: Settings, code: str, tokenizer: Tokenizer, chat: ChatForm
         workdir=workdir,
         ledger=Ledger(workdir, code),
         tokenizer=tokenizer,
-        chat=chat,
         rubric=rubric,
         train_mesh=meshes.train_mesh(settings.mesh),
         sample_mesh=meshes.sample_mesh(settings.mesh),
     )
+
+
+def _numbers_of(path: str, wanted: ModelSettings) -> ModelSettings:
+    found = weights.read_config(
+        epath.Path(path), param_dtype=wanted.param_dtype, compute_dtype=wanted.compute_dtype, remat=wanted.remat
+    )
+    return ModelSettings(path=path, **{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})

@@ -3,12 +3,11 @@
 from srlm_jax.data import oasst, sources, trees, world_corpus
 from srlm_jax.data.trees import SeedSplit
 from srlm_jax.judge import rubric as rubrics
+from srlm_jax.pipeline import answering, judging
 from srlm_jax.pipeline.ledger import Outcome
 from srlm_jax.pipeline.run import Run, naming
 from srlm_jax.pipeline.settings import BadConfig
-from srlm_jax.records import (
-    Document,
-)
+from srlm_jax.records import Document
 from srlm_jax.storage import jsonl
 from srlm_jax.text import chat, self_instruct
 
@@ -37,7 +36,9 @@ def split_seed(run: Run) -> None:
     world's or Open Assistant's, or as the user has divided them.
 
     Raises:
-      BadConfig: a source cannot be read or used, with the name of its field; or what `check_lengths` refuses.
+      BadConfig: a source cannot be read or used, with the name of its field; or what `check_lengths` and
+        `answering.check_writer` refuse.
+      EmptyStage: no human-ranked answer could be judged.
     """
     s = run.settings.seed_data
 
@@ -68,7 +69,11 @@ def split_seed(run: Run) -> None:
         inputs=() if own else ("world",),
         outputs=("seed",),
     )
+    # Whatever would stop the run hours from here.
     check_lengths(run)
+    answering.check_writer(run)
+    for name in ("eft_train", "eft_eval"):
+        judging.ranked_prompts(run, name)
 
 
 def _own_split(run: Run) -> SeedSplit:

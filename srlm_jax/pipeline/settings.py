@@ -12,8 +12,10 @@ from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.parallel.mesh import MeshShape
+from srlm_jax.pipeline.endpoint import EndpointConfig
 from srlm_jax.records import SamplingParams
 from srlm_jax.sampling.engine import EngineConfig
+from srlm_jax.text.chat import FORMATS
 from srlm_jax.text.self_instruct import Filters
 from srlm_jax.train.loop import TrainConfig
 
@@ -22,6 +24,22 @@ T = TypeVar("T")
 
 class BadConfig(ValueError):
     """The configuration cannot be run; the message names the field."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings(LlamaConfig):
+    """M0: the folder of a Llama, or the numbers of the one that is pretrained on the embedded world.
+
+    A folder that is given has numbers of its own, which take the place of those here once it is opened
+    (`run.make_run`); the two dtypes and `remat` stay.
+    """
+
+    path: str | None  # in any layout that `model.weights` reads
+
+    @property
+    def llama(self) -> LlamaConfig:
+        """The numbers alone."""
+        return LlamaConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LlamaConfig)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +68,7 @@ class SeedData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """M0, where no pretrained model is given: trained on the world's base corpus."""
+    """M0 where no folder is given: trained on the world's base corpus."""
 
     train: TrainConfig
     sequence_length: int  # positions of a packed row
@@ -84,9 +102,26 @@ class SelfInstruction:
     batch: int  # completions drawn between two looks at what was accepted
     from_seeds: int  # demonstrations that are human prompts
     from_generated: int  # demonstrations that are prompts made earlier in the round
-    generator: str  # "current", a model of this run ("m1"), or the folder of a checkpoint
+    generator: str | None  # "current", a model of this run ("m1"), or the folder of any Llama
+    endpoint: EndpointConfig  # a server that writes them instead: one with text completions, not chats alone
     filters: Filters
     sampling: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is measured of answers where no oracle is: each model answers a fixed set of prompts, and a judge from
+    outside scores the answers by the rubric."""
+
+    prompts_file: str | None  # None: no validation; see `srlm_jax.data.sources`
+    endpoint: EndpointConfig  # the judge; none: only the answers' length is measured
+
+    def __post_init__(self):
+        if self.prompts_file is None and self.endpoint.url is not None:
+            raise BadConfig(
+                "config.validation.endpoint.url is given and config.validation.prompts_file is not: give the prompts "
+                "whose answers the server is to judge"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,28 +138,55 @@ class Settings:
     logprob_chunk: int  # positions of a row whose logits are held at once
     length_multiple: int  # row lengths are rounded up to it
     reference_batch: int  # rows at a time when log-probabilities are computed
-    model: LlamaConfig
+    model: ModelSettings
+    chat: str  # the format of instructions and answers, a name in `text.chat.FORMATS`
     mesh: MeshShape
     engine: EngineConfig
-    world: WorldRules
+    endpoint: EndpointConfig  # a server that samples from this run's models, in place of the engine
+    world: WorldRules | None  # None, as the next but one: there is no embedded world, and M0 comes from a folder
     seed_data: SeedData
-    pretraining: Pretraining
+    pretraining: Pretraining | None
     sft: SupervisedFineTuning
     eft: EftRules
     self_instruction: SelfInstruction
     responses: SamplingParams
     judging: SamplingParams
     dpo: PreferenceTraining
+    validation: Validation
 
     def __post_init__(self):
+        if self.chat not in FORMATS:
+            raise BadConfig(f"config.chat is {self.chat!r}: choose one of {', '.join(FORMATS)}")
         if self.responses.samples < 2:
             raise BadConfig(f"config.responses.samples is {self.responses.samples}: a pair needs at least 2 responses")
         if self.judging.samples < 1:
             raise BadConfig(f"config.judging.samples is {self.judging.samples}: a score needs at least 1 judgement")
-        if self.world.held_out < 2:
+        if self.world is not None and self.world.held_out < 2:
             raise BadConfig(f"config.world.held_out is {self.world.held_out}: a standard error needs at least 2")
         if self.seed_data.ift is None:
             self.check_demonstrations("config.seed_data.rules.ift_prompts is", self.seed_data.rules.ift_prompts)
+        if self.endpoint.url is not None and "{name}" not in (self.endpoint.model or ""):
+            raise BadConfig(
+                f"config.endpoint.model is {self.endpoint.model!r}: it must hold {{name}}, which stands for m0, sft, "
+                "m1, ...: each time the server samples from another model of this run"
+            )
+        if self.model.path is not None:
+            self._check_given_model()
+
+    def _check_given_model(self) -> None:
+        """What a model from a folder needs besides."""
+        if self.seed_data.trees is None and self.seed_data.ift is None:
+            raise BadConfig(
+                "config.model.path is given, and no human data: give config.seed_data.trees, an Open Assistant export, "
+                "or config.seed_data.ift, .eft_train and .eft_eval"
+            )
+        s = self.self_instruction
+        if self.models > 1 and s.generator is None and s.prompts_file is None and s.endpoint.url is None:
+            raise BadConfig(
+                "config.self_instruction.generator is not given: the folder of the model that writes new prompts (the "
+                "paper's is Llama 2-Chat 70B), 'current' for the model that the round starts from, a server "
+                "(config.self_instruction.endpoint.url), or prompts of your own (config.self_instruction.prompts_file)"
+            )
 
     def check_demonstrations(self, said: str, prompts: int) -> None:
         """Refuses fewer IFT prompts than self-instruction shows; `said` and their number begin the message."""
@@ -162,10 +224,9 @@ def _build(cls: type[T], tree: Mapping, path: str) -> T:
 
 
 def _value(kind: type, value: object, path: str) -> object:
-    if typing.get_origin(kind) is types.UnionType:
-        if value is None:
-            return None
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if value is None and typing.get_origin(kind) is types.UnionType:
+        return None
+    kind = _given(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise BadConfig(f"{path} must hold fields, not {value!r}")
@@ -182,11 +243,18 @@ def _value(kind: type, value: object, path: str) -> object:
     return value
 
 
+def _given(kind: type) -> type:
+    """The type of a field that is not None."""
+    if typing.get_origin(kind) is not types.UnionType:
+        return kind
+    return next(option for option in typing.get_args(kind) if option is not type(None))
+
+
 def field_names(cls: type, path: str) -> list[str]:
     """["config.dpo.beta", ...]: the full name of every field of a settings class that holds a value."""
     names: list[str] = []
     for name, kind in typing.get_type_hints(cls).items():
-        full = f"{path}.{name}"
+        kind, full = _given(kind), f"{path}.{name}"
         names += field_names(kind, full) if dataclasses.is_dataclass(kind) else [full]
     return names
 

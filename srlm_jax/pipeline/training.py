@@ -1,5 +1,5 @@
-"""The stages that train, M0 by pretraining, the baseline and M1 by SFT, M2 and M3 by DPO; and the reference
-log-probabilities that DPO needs."""
+"""The stages that make models: M0 from a folder or by pretraining, the baseline and M1 by SFT, M2 and M3 by DPO; and
+the reference log-probabilities that DPO needs."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from srlm_jax.data import batches
 from srlm_jax.data.batches import PairRow, Row
-from srlm_jax.model import llama
+from srlm_jax.model import config_files, llama, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.pipeline.generate import stage_key, words_32
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
-from srlm_jax.pipeline.run import Run
+from srlm_jax.pipeline.run import Run, naming
 from srlm_jax.records import (
     Document,
     Example,
@@ -51,32 +52,60 @@ def _train_stage(
             folder=folder,
             title=f"{name}: training",
         )
-        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            run.tokenizer.save(folder / "checkpoint")  # so that the folder is all that other commands need
-        identity = checkpoint.save_model(
-            folder / "checkpoint", model, {"config": checkpoint.config_facts(run.settings.model)}
-        )
-        return Outcome(counts, identity)
+        return Outcome(counts, _save(run, name, model))
 
     outputs = [f"{name}/{output}" for output in ("checkpoint", "train_state", "metrics.jsonl", "tensorboard")]
-    config = run.config(part, "model", "logprob_chunk", "length_multiple", "context_length")
+    config = run.config(part, "model", "chat", "logprob_chunk", "length_multiple", "context_length")
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
     # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
     if jax.process_index() == 0:
         shutil.rmtree(folder / "train_state", ignore_errors=True)
 
 
-def pretrain(run: Run) -> None:
-    """M0: a base model, from the world's corpus."""
+def _save(run: Run, name: str, model: Llama) -> str:
+    """The model's checkpoint, with all that other commands need beside the weights; returns their hash."""
+    folder = run.workdir / name / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        run.tokenizer.save(folder)
+    facts = {"config": checkpoint.config_facts(run.settings.model.llama)}
+    if not run.embedded:
+        facts["hf"] = config_files.hf_fields(epath.Path(run.settings.model.path))
+    return checkpoint.save_model(folder, model, facts)
+
+
+def make_base(run: Run) -> None:
+    """M0: the base model, which knows neither instructions nor how to judge (section 2)."""
+    if run.embedded:
+        _pretrain(run)
+    else:
+        _take_base(run)
+
+
+def _take_base(run: Run) -> None:
+    """M0 from its folder, in the type that is trained in: later stages read the run's own copy."""
+    path = epath.Path(run.settings.model.path)
+
+    def work() -> Outcome:
+        config = run.settings.model.llama
+        places = rules.model_shardings(run.train_mesh, rules.TRAIN, llama.abstract(config))
+        with naming("config.model.path"):
+            model = weights.load(path, config, places)
+        return Outcome({"parameters": config.parameters}, _save(run, "m0", model))
+
+    run.ledger.run("m0/train", work, config=run.config("model"), inputs=(), outputs=("m0/checkpoint",))
+
+
+def _pretrain(run: Run) -> None:
+    """M0 from the world's corpus."""
     s = run.settings.pretraining
 
     def make():
         corpus = jsonl.read(run.workdir / "world" / "corpus.jsonl", Document)
         rows = [Row(tuple(chat.encode_document(run.tokenizer, document.text)), 1) for document in corpus]
-        shapes = llama.abstract(run.settings.model)
-        places = rules.model_shardings(run.train_mesh, rules.TRAIN, shapes)
-        init = jax.jit(lambda key: llama.init(run.settings.model, key), out_shardings=places)
+        model = run.settings.model.llama
+        places = rules.model_shardings(run.train_mesh, rules.TRAIN, llama.abstract(model))
+        init = jax.jit(lambda key: llama.init(model, key), out_shardings=places)
         dataset = batches.packed_batches(rows, s.sequence_length, s.train.batch_size, run.settings.seed)
         objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
         return init(stage_key(run.settings.seed, "m0/init")), objective, dataset, {"documents": len(rows)}
@@ -162,7 +191,7 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
     run.ledger.run(
         f"{name}/reference",
         work,
-        config=run.config("model", "logprob_chunk", "length_multiple", "reference_batch", "shard_prompts"),
+        config=run.config("model", "chat", "logprob_chunk", "length_multiple", "reference_batch", "shard_prompts"),
         inputs=(f"{name}/pairs", f"{start}/train"),
         outputs=(f"{name}/reference",),
     )

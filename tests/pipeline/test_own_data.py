@@ -5,15 +5,12 @@ import json
 import pytest
 
 from configs.base import get_config
-from srlm_jax.data import world
 from srlm_jax.pipeline import answering, seeding
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome, StaleStage
 from srlm_jax.pipeline.run import make_run
 from srlm_jax.pipeline.settings import BadConfig, read
 from srlm_jax.records import Example, Prompt, RankedPrompt
 from srlm_jax.storage import jsonl
-from srlm_jax.text.chat import PLAIN
-from srlm_jax.text.tokenizer import WordTokenizer
 
 
 def settings(workdir, prompts_file=None, rules=None, **seed_data):
@@ -25,7 +22,7 @@ def settings(workdir, prompts_file=None, rules=None, **seed_data):
 
 
 def open_run(workdir, **changes):
-    return make_run(settings(workdir, **changes), "test", WordTokenizer(world.vocabulary()), PLAIN, world.RUBRIC)
+    return make_run(settings(workdir, **changes), "test")
 
 
 def write(path, documents):
@@ -170,7 +167,7 @@ def test_fixed_prompts_need_no_room_for_demonstrations(tmp_path):
     tree["self_instruction"] |= {"from_seeds": 20}
 
     def check():
-        run = make_run(read(tree), "test", WordTokenizer(world.vocabulary()), PLAIN, world.RUBRIC)
+        run = make_run(read(tree), "test")
         seeding.check_lengths(run)
 
     with pytest.raises(BadConfig, match="the prompt for new instructions cannot be held"):

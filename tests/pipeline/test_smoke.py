@@ -144,7 +144,7 @@ def contents(workdir):
 def load(one_device):
     """`load(workdir, "m1")`: the model, its weights checked against the manifest."""
     settings = read(get_config("smoke", 3).to_dict())
-    shapes = llama.abstract(settings.model)
+    shapes = llama.abstract(settings.model.llama)
     places = rules.model_shardings(one_device("data", "fsdp", "tensor"), rules.TRAIN, shapes)
     like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, places)
     return lambda workdir, name: checkpoint.load_model(workdir / name / "checkpoint", like)

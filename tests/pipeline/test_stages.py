@@ -21,9 +21,7 @@ from srlm_jax.records import (
     Vote,
 )
 from srlm_jax.storage import jsonl
-from srlm_jax.text.chat import PLAIN
 from srlm_jax.text.self_instruct import Candidate
-from srlm_jax.text.tokenizer import WordTokenizer
 
 
 class Killed(BaseException):
@@ -40,7 +38,7 @@ def open_run(workdir, **changes):
             part = part[step]
         assert last in part
         part[last] = value
-    return make_run(read(tree), "test", WordTokenizer(world.vocabulary()), PLAIN, world.RUBRIC)
+    return make_run(read(tree), "test")
 
 
 def pretend(run, *names):
@@ -67,8 +65,7 @@ def speak(monkeypatch):
                 drawn.append(tuple(prompts))
             return drawn
 
-        monkeypatch.setattr(Run, "load_to_sample", lambda run, name: name)
-        monkeypatch.setattr(Run, "generate", lambda run, model, stage: generate)
+        monkeypatch.setattr(Run, "generate", lambda run, name, stage: generate)
 
     return install
 
@@ -298,8 +295,7 @@ def test_answers_that_the_limit_cut_are_counted(tmp_path, monkeypatch):
         assert [(request.id, request.prompts, request.chat) for request in requests] == [("a", ("list",), True)]
         return [(answer.completions,)]
 
-    monkeypatch.setattr(Run, "load_to_sample", lambda run, name: name)
-    monkeypatch.setattr(Run, "generate", lambda run, model, stage: generate)
+    monkeypatch.setattr(Run, "generate", lambda run, name, stage: generate)
     answering.respond(run, "m2", "m1")
     assert run.ledger.entry("m2/responses")["counts"] == {"responses": 4, "cut": 1}
     (made,) = jsonl.read(run.workdir / "m2" / "responses", Responses)
@@ -408,10 +404,10 @@ def test_completions_without_an_instruction_stop_with_advice(tmp_path, speak):
     assert "config.self_instruction.filters" in message
 
 
-def test_a_generator_that_is_nowhere_is_named(tmp_path, speak):
-    speak(inventive)
-    with pytest.raises(BadConfig, match=r"config\.self_instruction\.generator is '/no/such/model'"):
-        new_prompts(tmp_path, self_instruction__generator="/no/such/model")
+def test_a_generator_that_is_nowhere_is_named(tmp_path):
+    run = open_run(tmp_path, self_instruction__generator="/no/such/model")
+    with pytest.raises(BadConfig, match=r"^config\.self_instruction\.generator: '/no/such/model' is neither"):
+        answering.check_writer(run)
 
 
 def test_no_vote_is_told_apart_from_all_reasons():
