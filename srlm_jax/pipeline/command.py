@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 import srlm_jax
+from srlm_jax.model import config_files
 from srlm_jax.parallel import mesh
 from srlm_jax.pipeline.endpoint import EndpointError
 from srlm_jax.pipeline.iteration import self_reward
@@ -68,8 +69,15 @@ def run_command(config: Mapping, redo: str | None) -> None:
 def _introduced(run: Run) -> str:
     """What is about to be trained, in a line: a wrong folder is seen before it costs anything."""
     model = run.settings.model
-    said = f"model: {model.path}, {model.parameters:,} parameters, {run.tokenizer.vocabulary:,} tokens"
-    return f"{said}; chat format: {run.settings.chat}"
+    said = f"model: {model.path}, {model.llama.parameters:,} parameters, {run.tokenizer.vocabulary:,} tokens"
+    said += f"; chat format: {run.settings.chat}"
+    seen = config_files.hf_fields(epath.Path(model.path)).get("max_position_embeddings")
+    if isinstance(seen, int) and seen < run.settings.context_length:
+        said += (
+            f"\nwarning: config.context_length is {run.settings.context_length:,}, and this model was made for texts "
+            f"of {seen:,} tokens: it may write nonsense beyond"
+        )
+    return said
 
 
 def collect_results(workdir: epath.Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:

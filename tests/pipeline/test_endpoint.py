@@ -1,15 +1,12 @@
 """A server that speaks the protocol, and the many ways in which one can fail to."""
 
-import collections
 import dataclasses
 import email.utils
-import http.server
-import json
 import logging
-import threading
 import time
 
 import pytest
+from completions_server import Reply, Server, echo, serving
 
 from srlm_jax.pipeline import endpoint
 from srlm_jax.pipeline.endpoint import EndpointConfig, EndpointError, EndpointGenerate
@@ -21,88 +18,13 @@ PARAMS = SamplingParams(samples=2, temperature=0.7, top_p=0.9, max_new_tokens=20
 KEY = "sk-local-0123456789"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What the server does next. `body`: bytes as they are, anything else as JSON, None for a good answer."""
-
-    body: object = None
-    status: int = 200
-    headers: tuple[tuple[str, str], ...] = ()
-    delay_s: float = 0.0
-    hang_up: bool = False
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Echoes prompts: the samples of "w" are "w 0", "w 1", ... `replies` come first, one a request."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.replies = collections.deque()
-        self.asked = []  # (path, headers, fields), in order of arrival
-        self.under_way = self.most_under_way = 0
-        self.slow = {}  # prompt -> seconds
-        self.lock = threading.Lock()
-
-    def handle_error(self, request, client_address):
-        pass  # a client that timed out has hung up
-
-    def good(self, chat, prompt, n):
-        texts = [f"{prompt} {i}" for i in range(n)]
-        choices = [
-            {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-            if chat
-            else {"index": i, "finish_reason": "stop", "text": text}
-            for i, text in enumerate(texts)
-        ]
-        return {"choices": choices, "usage": {"completion_tokens": 5 * n}}
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format, *arguments):
-        pass
-
-    def do_POST(self):
-        server = self.server
-        fields = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        chat = self.path.endswith("/chat/completions")
-        prompt = fields["messages"][0]["content"] if chat else fields["prompt"]
-        with server.lock:
-            server.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, fields))
-            reply = server.replies.popleft() if server.replies else Reply()
-            server.under_way += 1
-            server.most_under_way = max(server.most_under_way, server.under_way)
-        time.sleep(reply.delay_s or server.slow.get(prompt, 0))
-        with server.lock:
-            server.under_way -= 1
-        if reply.hang_up:
-            self.close_connection = True
-            return
-        body = server.good(chat, prompt, fields["n"]) if reply.body is None else reply.body
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(reply.status)
-        for name, value in (("content-type", "application/json"), *reply.headers):
-            self.send_header(name, value)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("LOCAL_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(endpoint, "_FIRST_PAUSE_S", 0.01)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Server(echo)) as server:
+        yield server
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def batch(rows):
 
 
 @pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")  # TRL sets it
-def test_a_whole_training_loss_and_its_gradient(tiny_llama, as_transformers, tmp_path):
+def test_a_whole_training_loss_and_its_gradient(tiny_llama, as_transformers, transformers_block, tmp_path):
     import datasets
     import tokenizers
     import transformers
@@ -153,6 +153,15 @@ def test_a_whole_training_loss_and_its_gradient(tiny_llama, as_transformers, tmp
     loss, gradient = jax.jit(jax.value_and_grad(mean))(tiny_llama)
     assert abs(float(loss) - np.log(2)) > 1e-2  # policy and reference differ
     np.testing.assert_allclose(loss, float(theirs.detach()), rtol=1e-5)
-    for ours, name in ((gradient.embedding[...], "model.embed_tokens"), (gradient.head().T, "lm_head")):
-        wanted = policy.get_submodule(name).weight.grad.numpy()
-        np.testing.assert_allclose(ours, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+    found = {
+        "model.embed_tokens.weight": gradient.embedding[...],
+        "model.norm.weight": gradient.norm[...],
+        "lm_head.weight": gradient.head().T,
+    }
+    for layer in range(tiny_llama.config.L):
+        for name, (mine, turn) in transformers_block.items():
+            found[f"model.layers.{layer}.{name}"] = turn(getattr(gradient.blocks, mine)[layer])
+    assert found.keys() == {name for name, _ in policy.named_parameters()}
+    for name, ours in found.items():
+        wanted = policy.get_parameter(name).grad.numpy()
+        np.testing.assert_allclose(ours, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
