@@ -28,15 +28,19 @@ from srlm_jax.text.tokenizer import load_tokenizer
 
 
 def check_writer(run: Run) -> None:
-    """Refuses, before any training, a source of new prompts that will not be there when a round needs it.
+    """Refuses, before any training, a source of new prompts that will not be there when a round needs it, or that would
+    have too little to be shown.
 
     Raises:
-      BadConfig: it is neither a model of this run nor a folder with a model and a tokenizer.
+      BadConfig: it is neither a model of this run nor a folder with a model and a tokenizer; or too few IFT prompts
+        are short enough.
       EndpointError, ImportError: the server cannot be asked.
     """
     s = run.settings
     if s.models < 2 or s.self_instruction.prompts_file is not None:
         return
+    short = f"config.seed_data: IFT prompts of at most config.max_prompt_tokens ({s.max_prompt_tokens}) tokens:"
+    s.check_demonstrations(short, len(set(_seeds(run))))
     if s.self_instruction.endpoint.url is not None:
         EndpointGenerate(s.self_instruction.endpoint)
         return
@@ -50,6 +54,12 @@ def check_writer(run: Run) -> None:
             )
         weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat=False)
         load_tokenizer(writer)
+
+
+def _seeds(run: Run) -> list[str]:
+    """The human prompts that can be shown."""
+    prompts = [example.prompt for example in jsonl.read(run.workdir / "seed" / "ift.jsonl", Example)]
+    return [prompt for prompt in prompts if prompt_tokens(run, prompt) <= run.settings.max_prompt_tokens]
 
 
 def _prompt_writer(run: Run, start: str, stage: str) -> Generate:
@@ -83,11 +93,7 @@ def create_prompts(run: Run, name: str, start: str) -> None:
 
     def work() -> Outcome:
         generate = _prompt_writer(run, start, stage)
-        seeds = [
-            example.prompt
-            for example in jsonl.read(run.workdir / "seed" / "ift.jsonl", Example)
-            if prompt_tokens(run, example.prompt) <= run.settings.max_prompt_tokens
-        ]
+        seeds = _seeds(run)
         folder = run.workdir / name / "candidates"
         pool, accepted, counts = NoveltyPool(seeds, s.filters.max_rouge_l), [], collections.Counter()
         done = jsonl.shards_done(folder) if folder.exists() else frozenset()

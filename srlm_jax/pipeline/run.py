@@ -193,7 +193,7 @@ def make_run(settings: Settings, code: str) -> Run:
       BadConfig: there is no such model, or it cannot be used; it has fewer token ids than its tokenizer.
       EndpointError, ImportError: a server cannot be asked.
       PermissionError, with the field to change: the workdir cannot be written.
-      ValueError: the mesh does not fit the devices.
+      ValueError: the mesh does not fit the devices, or they cannot share a batch.
     """
     path = settings.model.path
     if path is not None:
@@ -214,6 +214,8 @@ def make_run(settings: Settings, code: str) -> Run:
             EndpointGenerate(server)  # which looks for the key
     with naming("config.chat"):
         encode_prompt(tokenizer, FORMATS[settings.chat], "")  # which looks up the marks
+    train_mesh, sample_mesh = meshes.train_mesh(settings.mesh), meshes.sample_mesh(settings.mesh)
+    _check_batches(settings, train_mesh)
     workdir = epath.Path(settings.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -228,9 +230,24 @@ def make_run(settings: Settings, code: str) -> Run:
         ledger=Ledger(workdir, code),
         tokenizer=tokenizer,
         rubric=rubric,
-        train_mesh=meshes.train_mesh(settings.mesh),
-        sample_mesh=meshes.sample_mesh(settings.mesh),
+        train_mesh=train_mesh,
+        sample_mesh=sample_mesh,
     )
+
+
+def _check_batches(settings: Settings, mesh: jax.sharding.Mesh) -> None:
+    """Refuses batches that the devices cannot share evenly."""
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {"config.reference_batch": settings.reference_batch}
+    for name in ("pretraining", "sft", "dpo"):
+        if (part := getattr(settings, name)) is not None:
+            sizes[f"config.{name}.train.batch_size"] = part.train.batch_size
+    for field, size in sizes.items():
+        if size % groups:
+            raise BadConfig(
+                f"{field} is {size}, which {groups} groups of devices (config.mesh: data x fsdp) cannot share: make it "
+                "a multiple of their number, or raise config.mesh.tensor so that there are fewer"
+            )
 
 
 def _numbers_of(path: str, wanted: ModelSettings) -> ModelSettings:

@@ -29,6 +29,7 @@ from srlm_jax.storage import jsonl
 from srlm_jax.text.chat import LLAMA2, encode_prompt
 
 ROOT = Path(__file__).parents[2]
+LIGHT = {"sft__train__batch_size": 2, "dpo__train__batch_size": 2}
 GREEDY = SamplingParams(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=12, stop=())
 
 
@@ -52,10 +53,10 @@ def few(stories260k, shared_data, tmp_path):
         "model__path": str(stories260k / "hf"),
         "model__compute_dtype": "float32",
         "seed_data__trees": str(shared_data("oasst/oasst1_en-validation.jsonl")),
-        "seed_data__rules__ift_prompts": 10,
+        "seed_data__rules__ift_prompts": 16,
         "seed_data__rules__eft_train_prompts": 14,
         "seed_data__rules__eft_eval_prompts": 10,
-        "context_length": 1_664,  # the rubric alone is 1,097 tokens of such a vocabulary
+        "context_length": 1_500,  # the rubric alone is 1,097 tokens of such a vocabulary
         "max_prompt_tokens": 128,
         "shard_prompts": 8,
         "engine__rows": 12,
@@ -68,7 +69,7 @@ def few(stories260k, shared_data, tmp_path):
         "self_instruction__sampling__max_new_tokens": 32,
     }
     for part in ("sft", "dpo"):
-        train = {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "log_every": 1, "optimizer__warmup_steps": 1}
+        train = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "log_every": 1, "optimizer__warmup_steps": 1}
         changes |= {f"{part}__train__{name}": value for name, value in train.items()}
     return changes
 
@@ -188,6 +189,7 @@ def test_without_a_folder_the_scale_says_what_it_wants(scale, tmp_path):
         ({"model__path": "/no/such"}, r"^config\.model\.path: /no/such: there is no such folder"),
         ({"seed_data__trees": None}, r"^config\.model\.path is given, and no human data"),
         ({"self_instruction__generator": None}, r"^config\.self_instruction\.generator is not given"),
+        ({"dpo__train__batch_size": 12}, r"^config\.dpo\.train\.batch_size is 12, which 8 groups of devices"),
         ({"chat": "alpaca"}, r"^config\.chat is 'alpaca': choose one of plain, "),
         ({"chat": "llama3"}, r"^config\.chat: .*tokenizer\.model has no control token '<\|start_header_id\|>'"),
         (
@@ -221,6 +223,14 @@ def test_a_key_that_is_not_there_is_missed_before_anything_is_trained(config, se
         open_run(config(endpoint=served(server, "{name}") | {"key_variable": "NO_KEY"}))
 
 
+def test_too_few_short_human_prompts_are_missed_before_anything_is_trained(config):
+    run = open_run(config(max_prompt_tokens=24))
+    with pytest.raises(
+        BadConfig, match=r"at most config\.max_prompt_tokens \(24\) tokens: \d: self-instruction shows 8"
+    ):
+        seeding.split_seed(run)
+
+
 def test_a_generator_that_cannot_be_read_is_missed_before_anything_is_trained(config, tmp_path):
     (tmp_path / "empty").mkdir()
     run = open_run(config(self_instruction__generator=str(tmp_path / "empty")))
@@ -240,11 +250,11 @@ def test_answers_that_the_judge_could_not_see_whole_are_left_out_and_counted(con
         for response in prompt.responses:
             text = paper_rubric().template.replace("<INSTRUCTION_HERE>", prompt.prompt)
             text = text.replace("<RESPONSE_HERE>", response)
-            assert len(encode_prompt(run.tokenizer, LLAMA2, text)) + 12 <= 1_664
+            assert len(encode_prompt(run.tokenizer, LLAMA2, text)) + 12 <= 1_500
 
 
 def test_where_no_answer_could_be_judged_the_run_stops_before_any_training(config):
-    run = open_run(config(context_length=1_150, max_prompt_tokens=8, responses__max_new_tokens=16))
+    run = open_run(config(context_length=1_150, max_prompt_tokens=8, models=1, responses__max_new_tokens=16))
     with pytest.raises(
         EmptyStage, match=r"none of 14 prompts of eft_train can be judged in config\.context_length 1150"
     ):
@@ -265,7 +275,7 @@ def test_a_writer_from_elsewhere_speaks_with_its_own_weights_and_tokenizer(confi
 
 def test_a_server_stands_in_for_the_writer_alone(config, server):
     run = open_run(config(self_instruction__endpoint=served(server, "chat-70b"), self_instruction__generator=None))
-    answering.check_writer(run)
+    seeding.split_seed(run)  # which misses no generator
     writer = answering._prompt_writer(run, "m1", "m2/prompts")
     assert isinstance(writer, EndpointGenerate)
     writer([Request(id="a", prompts=("Come up with a series of tasks:",), chat=False)], GREEDY, lambda *_: None)
@@ -333,7 +343,7 @@ def command(few, tmp_path):
     """`command(2, endpoint__model="m")`: the main command on one device; its status, what it printed, its last line."""
 
     def run(models, **changes):
-        flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in (few | changes).items()]
+        flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in (few | LIGHT | changes).items()]
         environment = os.environ | {
             "XLA_FLAGS": "",
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
@@ -353,7 +363,7 @@ def test_a_model_that_cannot_judge_stops_where_its_judgements_are_needed(command
     status, printed, error = command(3)
     assert status == 1
     assert "260,032 parameters" in printed
-    assert "warning: config.context_length is 1,664, and this model was made for texts of 512 tokens" in printed
+    assert "warning: config.context_length is 1,500, and this model was made for texts of 512 tokens" in printed
     assert error.startswith("error: eft/judgements: none of ") and "100 % without a vote" in error
     assert "This model cannot judge with this rubric" in error
     # What was done until then stays, and the same command comes to the same place at once.

@@ -406,8 +406,9 @@ def test_completions_without_an_instruction_stop_with_advice(tmp_path, speak):
 
 def test_a_generator_that_is_nowhere_is_named(tmp_path):
     run = open_run(tmp_path, self_instruction__generator="/no/such/model")
+    seeding.make_world(run)
     with pytest.raises(BadConfig, match=r"^config\.self_instruction\.generator: '/no/such/model' is neither"):
-        answering.check_writer(run)
+        seeding.split_seed(run)
 
 
 def test_no_vote_is_told_apart_from_all_reasons():
