@@ -118,7 +118,8 @@ def create_prompts(run: Run, name: str, start: str) -> None:
         if not accepted:
             raise EmptyStage(
                 f"{stage}: none of {sum(counts.values())} completions gave a new instruction ({dict(counts)}); look at "
-                f"{folder}, then at config.self_instruction.filters"
+                f"{folder}, then at config.self_instruction.filters, or at its sampling.max_new_tokens where they are "
+                "unfinished"
             )
         accepted = accepted[: s.prompts]
         prompts = [Prompt(id=f"{name}-{i:05}", text=text, origin="self-instruct") for i, text in enumerate(accepted)]

@@ -29,7 +29,10 @@ from srlm_jax.storage import jsonl
 from srlm_jax.text.chat import LLAMA2, encode_prompt
 
 ROOT = Path(__file__).parents[2]
-LIGHT = {"sft__train__batch_size": 2, "dpo__train__batch_size": 2}
+# Random numbers for attention dropout would take most of the time.
+LIGHT = {
+    f"{part}__{name}": value for part in ("sft", "dpo") for name, value in (("train__batch_size", 2), ("dropout", 0.0))
+}
 GREEDY = SamplingParams(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=12, stop=())
 
 
@@ -388,5 +391,5 @@ def test_with_a_server_that_can_the_whole_algorithm_runs_on_it(command, server, 
     assert all(len(answer.completions) == 4 for answer in jsonl.read(run / "m2" / "responses", Responses))
     eft = jsonl.read(run / "eft" / "examples", Example)
     assert eft and all(example.prompt.startswith("Review the user's question") for example in eft)
-    assert "oracle" not in (run / "report.html").read_text().lower()
+    assert "no round has exact scores" in (run / "report.html").read_text()
     assert not (run / "world").exists()
