@@ -46,18 +46,28 @@ def safetensors_file(path: epath.Path) -> Tensors:
       BadModelFile: the file is cut short or its header is damaged.
     """
     try:
-        file = safe_open(os.fspath(path), framework="np")
-        names = file.keys()
-        slices = {name: file.get_slice(name) for name in names}
+        with safe_open(os.fspath(path), framework="np"):
+            pass  # it checks that the header and the file's length are as they should be
     except (SafetensorError, UnicodeDecodeError) as error:
         raise BadModelFile(f"{path} is no whole safetensors file ({error}): copy it again") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+
+    def read(entry: Mapping[str, object], index: Index) -> np.ndarray:
+        # Mapped anew each time, so that no more of the file is in memory than is being read.
+        dtype = jnp.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
+        offset = 8 + size + entry["data_offsets"][0]
+        return np.memmap(os.fspath(path), dtype, "r", offset, tuple(entry["shape"])).view(np.ndarray)[index]
+
     return {
         name: Tensor(
-            tuple(part.get_shape()),
-            _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()),
-            part.__getitem__,
+            tuple(entry["shape"]),
+            _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
+            functools.partial(read, entry),
         )
-        for name, part in slices.items()
+        for name, entry in header.items()
+        if name != "__metadata__"
     }
 
 

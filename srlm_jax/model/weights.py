@@ -6,6 +6,7 @@ Axes: L layers, V vocabulary, D width, N query heads, K key-value heads, H head 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -77,6 +78,10 @@ def _table(config: LlamaConfig) -> tuple[_Weight, ...]:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+_READERS = 8  # threads: they wait for the disk, or turn matrices
+_STRIP = 128  # rows of a matrix turned at a time: a line of the cache is full before it has to go
+_ALIGNMENT = 64  # bytes
 
 
 def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str, remat: bool) -> LlamaConfig:
@@ -153,7 +158,8 @@ def source_dtype(folder: epath.PathLike, config: LlamaConfig) -> str:
 def load(folder: epath.PathLike, config: LlamaConfig, shardings: Llama) -> Llama:
     """The weights in a folder of any of the three layouts, in the configuration's parameter type.
 
-    Every host reads what its devices hold and no more; one device's part of one weight is in host memory at a time.
+    Every host reads what its devices hold and no more. In host memory are, at a time, one device's part of one weight
+    and those tensors of the files that go into it just now; devices that are CPUs keep that memory as their own.
 
     Args:
       shardings: for each weight, where it lives.
@@ -236,17 +242,34 @@ def _place(
 
 
 def _block(w: _Weight, layers: list[Tensor], layout: str, config: LlamaConfig, part: Index) -> np.ndarray:
-    """A part of our weight, one layer of it after the other."""
+    """A part of our weight, some of its layers read at a time."""
     rows, part = (part[0], part[1:]) if w.stacked else (slice(0, 1), part)
     sizes = [axis.stop - axis.start for axis in part]
-    block = np.empty((rows.stop - rows.start, *sizes), config.param_dtype)
-    for row, layer in enumerate(layers[rows]):
-        block[row] = _from_theirs(w, layer, layout, config, dict(zip(w.axes, part, strict=True)))
+    block = _aligned((rows.stop - rows.start, *sizes), config.param_dtype)
+    bounds = dict(zip(w.axes, part, strict=True))
+
+    def fill(target: np.ndarray, layer: Tensor) -> None:
+        source = _from_theirs(w, layer, layout, config, bounds)
+        target = target.transpose([w.axes.index(axis) for axis in "".join(w.theirs)])
+        strip = max(1, _STRIP // math.prod(source.shape[1 : len(w.theirs[0])]))
+        for start in range(0, len(source), strip):
+            target[start : start + strip] = source[start : start + strip]
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        list(readers.map(fill, block, layers[rows]))
     return block if w.stacked else block[0]
 
 
+def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Memory of any content, placed so that JAX's CPU devices take it over as it is instead of copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _from_theirs(w: _Weight, tensor: Tensor, layout: str, config: LlamaConfig, part: Mapping[str, slice]) -> np.ndarray:
-    """A part of one of their tensors, turned into our axes."""
+    """A part of one of their tensors: our axes, in their order."""
     # Of axes that they keep as one, the first is cut here and the second (H) taken whole, to be cut at the end.
     widths = [math.prod(getattr(config, axis) for axis in axes[1:]) for axes in w.theirs]
     index = tuple(
@@ -260,8 +283,7 @@ def _from_theirs(w: _Weight, tensor: Tensor, layout: str, config: LlamaConfig, p
     if layout == "meta" and w.ours in _ROTATED:
         heads, H, D = x.shape
         x = x.reshape(heads, H // 2, 2, D).swapaxes(1, 2).reshape(heads, H, D)  # x0 y0 x1 y1 -> x0 x1 y0 y1
-    x = x.transpose([letters.index(axis) for axis in w.axes])
-    return x[tuple(slice(None) if axis in cut else part[axis] for axis in w.axes)]
+    return x[tuple(slice(None) if axis in cut else part[axis] for axis in letters)]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import tracemalloc
 
@@ -279,6 +280,13 @@ def test_a_head_s_width_may_be_split_too(tiny_llama):
     assert_same(weights.assemble(weights.hf_tensors(tiny_llama), "hf", tiny_llama.config, places), tiny_llama)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_turned_in_strips_of_any_height_it_is_the_same(tiny_llama, monkeypatch, rows):
+    monkeypatch.setattr(weights, "_STRIP", rows)
+    tensors, config = weights.hf_tensors(tiny_llama), tiny_llama.config
+    assert_same(weights.assemble(tensors, "hf", config, on_one_device(config)), tiny_llama)
+
+
 def test_no_more_than_twice_the_largest_weight_is_in_memory_besides_the_model(tiny_config):
     config = dataclasses.replace(tiny_config, V=64, D=128, N=8, K=8, H=16, F=1024, L=8)
     largest = 4 * config.L * config.D * config.F
@@ -297,6 +305,34 @@ def test_no_more_than_twice_the_largest_weight_is_in_memory_besides_the_model(ti
     held = 4 * config.parameters
     del model
     assert peak < held + 2 * largest
+
+
+def test_a_cpu_takes_over_the_memory_that_a_model_was_read_into(tiny_config):
+    """Only numpy's memory is traced: were it copied into JAX's own, little of it would be left at the end."""
+    config = dataclasses.replace(tiny_config, D=128, F=1024, L=8)
+    tensors = {
+        name: Tensor(t.shape, "float32", lambda index: np.ones([axis.stop - axis.start for axis in index], np.float32))
+        for name, t in weights.hf_tensors(llama.abstract(config)).items()
+    }
+    weights.assemble(tensors, "hf", config, on_one_device(config))
+    tracemalloc.start()
+    model = weights.assemble(tensors, "hf", config, on_one_device(config))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept >= 4 * model.config.parameters
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="mappings are read from /proc")
+def test_a_file_is_mapped_no_longer_than_it_is_read(folder):
+    def mapped():
+        return "model.safetensors" in epath.Path("/proc/self/maps").read_text()
+
+    tensors = sources.hugging_face(folder)
+    assert not mapped()
+    part = tensors["model.norm.weight"].whole()
+    assert mapped()
+    del part
+    assert not mapped()
 
 
 # --- types ------------------------------------------------------------------------------------------------------------
