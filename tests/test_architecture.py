@@ -36,6 +36,7 @@ LAYERS = (
     "pipeline",
     "convert",
     "generate",
+    "bench",
     "main",
 )
 
