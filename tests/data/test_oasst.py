@@ -317,3 +317,21 @@ def test_damage_is_one_error_with_its_place(tmp_path, damage, problem):
     with pytest.raises(BadRecord, match=problem) as raised:
         read_export(tmp_path / "x")
     assert "stage" not in str(raised.value)  # the advice for files of a run does not help here
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_whatever_happens_to_a_file_the_error_names_it(tmp_path, packed):
+    rng, path = random.Random(0), write(tmp_path / "x", ranked_trees(3))
+    whole = gzip.compress(path.read_bytes()) if packed else path.read_bytes()
+    noticed = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 3])):
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged[: rng.choice([None, None, rng.randrange(len(damaged))])])
+        try:
+            read_export(path)
+        except BadRecord as error:
+            assert str(path) in str(error)
+            noticed += 1
+    assert noticed > 100
