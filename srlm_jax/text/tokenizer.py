@@ -22,6 +22,7 @@ class Tokenizer(Protocol):
     ids: a model may have more than its tokenizer, and draw one of them.
     """
 
+    name: str  # in messages: its file
     vocabulary: int  # one more than the largest id
     bos: int  # begins a text
     eos: int  # ends a document
@@ -52,6 +53,7 @@ class WordTokenizer:
 
     words: tuple[str, ...]
 
+    name = _WORDS
     pad = 0
     bos = 1
     eos = 2
@@ -96,9 +98,10 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
+        self.name = str(path)
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._path.read_bytes())
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the latter where it quotes what it cannot use
             raise ValueError(
                 f"{path} is not a SentencePiece model: {error}. Llama-3's file of this name is of another kind; "
                 "its tokenizer.json is read"
@@ -107,6 +110,10 @@ class SentencePieceTokenizer:
         self.bos, self.eos = self._pieces.bos_id(), self._pieces.eos_id()
         if self.bos < 0 or self.eos < 0:
             raise ValueError(f"{path} defines no begin or no end token (bos {self.bos}, eos {self.eos})")
+        try:
+            self._pieces.decode(list(range(self.vocabulary)))
+        except UnicodeDecodeError as error:  # else it would come in the middle of a run, once a model draws the piece
+            raise ValueError(f"{path} holds a piece that is not UTF-8 text ({error}): copy it again") from error
         self.ends = (self.eos,)
         self.pad = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos
 
@@ -148,6 +155,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: epath.PathLike):
         self._path = path = epath.Path(path)
+        self.name = str(path)
         document = _read_object(path)
         added = document.get("added_tokens") or []
         try:
@@ -155,7 +163,9 @@ class HuggingFaceTokenizer:
             for token in added:
                 token["special"] |= _BRACKETED.fullmatch(token["content"]) is not None
             self._tokens = tokenizers.Tokenizer.from_str(json.dumps(document))
-        except Exception as error:  # the library raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing narrower, and what is no Exception where it panics
             raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from error
         # A file may carry the settings of a training run, which would cut texts.
         self._tokens.no_truncation()
@@ -212,7 +222,10 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
         words = jsonl.read_json(folder / _WORDS)
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{folder / _WORDS} must hold a list of words; copy it again")
-        return WordTokenizer(tuple(words))
+        try:
+            return WordTokenizer(tuple(words))
+        except ValueError as error:
+            raise ValueError(f"{folder / _WORDS}: {error}; copy it again") from error
     if (folder / "tokenizer.json").exists():
         return HuggingFaceTokenizer(folder / "tokenizer.json")
     if (folder / "tokenizer.model").exists():
@@ -226,12 +239,12 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
 def check_vocabulary(tokenizer: Tokenizer, V: int) -> None:
     """Refuses a tokenizer with ids that a model of `V` ids has not. Fewer are right: vocabularies are often padded.
 
-    Raises ValueError with both numbers.
+    Raises ValueError with the tokenizer's name and both numbers.
     """
     if tokenizer.vocabulary > V:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocabulary} ids and the model {V}: this is another model's tokenizer, or "
-            "the model's vocabulary has to be larger"
+            f"the tokenizer has {tokenizer.vocabulary} ids and the model {V}: {tokenizer.name} is another "
+            "model's, or the model's vocabulary has to be larger"
         )
 
 

@@ -27,8 +27,8 @@ def trained(**options):
     lines = ["one two three four", "two words and two more", "say it in other words", "nothing else to say"] * 5
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=60, minloglevel=2, byte_fallback=False,
-        hard_vocab_limit=False, **options,
+        sentence_iterator=iter(lines), model_writer=model, minloglevel=2, hard_vocab_limit=False,
+        **{"vocab_size": 60, "byte_fallback": False} | options,
     )  # fmt: skip
     return model.getvalue()
 
@@ -108,10 +108,22 @@ def test_a_model_without_an_end_token_is_refused(save):
         SentencePieceTokenizer(save(trained(eos_id=-1)))
 
 
-@pytest.mark.parametrize("data", [b"", b"not a model", trained()[:1000]], ids=["empty", "text", "cut"])
+# Its error quotes the piece that it cannot use.
+QUOTED = trained(vocab_size=320, byte_fallback=True).replace(b"<0x48>", b"<0x\xff8>")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not a model", trained()[:1000], QUOTED], ids=["empty", "text", "cut", "not UTF-8"]
+)
 def test_a_file_that_is_no_model_is_named(save, data):
     with pytest.raises(ValueError, match=r"tokenizer.model (is not a SentencePiece model|defines no begin)"):
         SentencePieceTokenizer(save(data))
+
+
+def test_a_piece_that_is_no_text_is_refused_before_the_model_can_write_it(save):
+    data = trained()
+    with pytest.raises(ValueError, match=r"tokenizer\.model holds a piece that is not UTF-8 text .*: copy it again"):
+        SentencePieceTokenizer(save(data.replace("▁".encode(), b"\xe2\xff\x81", 1)))
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -266,6 +278,15 @@ def test_a_damaged_json_is_named(tmp_path, damage):
         load_tokenizer(tmp_path)
 
 
+def test_a_json_at_which_the_library_panics_is_named(tmp_path):
+    write_folder(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["model"]["continuing_subword_prefix"] = "longer than any piece"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer of the tokenizers library"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_that_makes_special_tokens_out_of_words_is_refused(tmp_path):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"two": 0, "</s>": 1}, "two"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -290,7 +311,7 @@ def test_a_folder_is_recognised_by_its_files(tmp_path, save):
 def test_a_vocabulary_may_be_smaller_than_the_model_and_never_larger():
     check_vocabulary(WORDS, 9)
     check_vocabulary(WORDS, 64)
-    with pytest.raises(ValueError, match="the tokenizer has 9 ids and the model 8"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 9 ids and the model 8: words\.json is another"):
         check_vocabulary(WORDS, 8)
 
 
@@ -372,5 +393,5 @@ def test_a_saved_tokenizer_is_loaded_again(tmp_path, save, hugging):
 @pytest.mark.parametrize("content", ["{}", "[1]", '["a", "a"]', '["a"'])
 def test_a_damaged_list_of_words_is_refused(tmp_path, content):
     (tmp_path / "words.json").write_text(content)
-    with pytest.raises(ValueError, match="word"):
+    with pytest.raises(ValueError, match=r"words\.json"):
         load_tokenizer(tmp_path)
