@@ -13,6 +13,7 @@ from etils import epath
 
 from srlm_jax.model import config_files, llama, weights
 from srlm_jax.storage import checkpoint, jsonl
+from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 # What a user can put right: told in one line, without a traceback.
 FAILURES = (ValueError, OSError)
@@ -38,6 +39,7 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
     source, target = epath.Path(source), epath.Path(target)
     with new_folder(target) as folder:
         config = weights.read_config(source, param_dtype="float32", compute_dtype="float32", remat=False)
+        tokenizer = _tokenizer(source, config.V)
         dtype = dtype or weights.source_dtype(source, config)
         config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -53,7 +55,25 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
             jsonl.write_json(folder / "config.json", config_files.to_hf(config, carried))
             if not (folder / "generation_config.json").exists():
                 jsonl.write_json(folder / "generation_config.json", config_files.generation_config(carried))
-    print(f"{target}: {config.parameters:,} parameters in {dtype}")
+    fewer = tokenizer is not None and tokenizer.vocabulary < config.V
+    ids = f"; its tokenizer has {tokenizer.vocabulary:,} of the {config.V:,} ids" if fewer else ""
+    print(f"{target}: {config.parameters:,} parameters in {dtype}{ids}")
+
+
+def _tokenizer(source: epath.Path, V: int) -> Tokenizer | None:
+    """The tokenizer of a model with `V` ids; None where there is none, and the weights are converted alone.
+
+    Raises:
+      ValueError: it cannot be used, or is another model's: beside the converted weights it would look as if it could.
+    """
+    try:
+        tokenizer = load_tokenizer(source)
+        check_vocabulary(tokenizer, V)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{error}. To convert the weights alone, move the tokenizer's files out of there") from error
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ def source(tmp_path, tiny_llama):
     (folder / "config.json").write_text(json.dumps(config_files.to_hf(tiny_llama.config, extra)))
     for name in config_files.COMPANIONS:
         (folder / name).write_text(f"{{}} {name}")
+    (folder / "words.json").write_text(json.dumps([f"word{i}" for i in range(36)]))
     (folder / "secret.txt").write_text("not of the model")
     return folder
 
@@ -56,7 +57,7 @@ def test_there_and_back_every_tensor_is_the_same(source, tmp_path, capsys):
     assert len(list(back.glob("model-*.safetensors"))) > 2
     assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     for folder in (native, back):
-        assert all((folder / name).read_text() == f"{{}} {name}" for name in config_files.COMPANIONS)
+        assert all((folder / name).read_text() == (source / name).read_text() for name in config_files.COMPANIONS)
         assert not (folder / "secret.txt").exists()
     assert capsys.readouterr().out.endswith(f"{back}: 6,736 parameters in float32\n")
     assert not list(tmp_path.rglob("*.partial"))

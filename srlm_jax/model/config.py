@@ -45,8 +45,9 @@ class LlamaConfig:
 
     def __post_init__(self):
         for field in ("V", "D", "L", "N", "K", "H", "F"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} must be at least 1, not {getattr(self, field)}")
+            size = getattr(self, field)
+            if not 1 <= size < 2**31:  # an axis of an array cannot be longer
+                raise ValueError(f"model.{field} must be at least 1 and less than 2^31, not {size!r:.60}")
         if self.N % self.K:
             raise ValueError(f"model.N ({self.N} query heads) must be a multiple of model.K ({self.K} key-value heads)")
         if self.H % 2:

@@ -7,7 +7,6 @@ the mathematics, or that nobody here has heard of, is an error and not a model t
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 
 from etils import epath
@@ -77,8 +76,8 @@ class _Fields:
         if type(value) is not int and not (kind is float and type(value) is float):
             wanted = "a number" if kind is float else "a whole number"
             raise BadModelFile(f"{self.where}: {name} must be {wanted}, not {value!r}")
-        if not 0 < value < math.inf:
-            raise BadModelFile(f"{self.where}: {name} must be more than 0, not {value!r}")
+        if not 0 < value < 2**63:  # beyond that it may be no float, nor the size of anything
+            raise BadModelFile(f"{self.where}: {name} must be more than 0 and less than 2^63, not {value!r:.60}")
         return kind(value)
 
     def optional(self, name: str, kind: type[int] | type[float], otherwise: float) -> int | float:

@@ -36,6 +36,8 @@ class Tensor:
 
 Tensors = dict[str, Tensor]
 
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # the types of numbers that are read as they are
+
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -50,6 +52,8 @@ def safetensors_file(path: epath.Path) -> Tensors:
             pass  # it checks that the header and the file's length are as they should be
     except (SafetensorError, UnicodeDecodeError) as error:
         raise BadModelFile(f"{path} is no whole safetensors file ({error}): copy it again") from error
+    except OSError as error:  # the library's do not name the file
+        raise BadModelFile(f"{path} cannot be read: {error}") from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -109,7 +113,11 @@ def torch_file(path: epath.Path) -> Tensors:
     except Exception as error:  # a pickle can fail in any way; the cause stays attached
         reason = str(error).partition("\n")[0]
         raise BadModelFile(f"{path} is no whole file of tensors alone ({reason}); nothing else is loaded") from error
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
+
+    def plain(tensor: object) -> bool:  # and not sparse, nor without its numbers
+        return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+    if not isinstance(loaded, dict) or not all(map(plain, loaded.values())):
         raise BadModelFile(f"{path} holds something else than named tensors")
 
     def read(tensor: torch.Tensor, index: Index) -> np.ndarray:
@@ -145,8 +153,7 @@ def hugging_face(folder: epath.Path) -> Tensors:
 
 def _sharded(index: epath.Path, open_file: Callable[[epath.Path], Tensors]) -> Tensors:
     places = read_json(index).get("weight_map")
-    # A name with a folder in it could lead anywhere.
-    if not isinstance(places, dict) or not all(isinstance(f, str) and epath.Path(f).name == f for f in places.values()):
+    if not isinstance(places, dict) or not all(isinstance(f, str) and _is_name(f) for f in places.values()):
         raise BadModelFile(f"{index}: weight_map must give each tensor's file, by its name alone")
     files = sorted(set(places.values()))
     if missing := [name for name in files if not (index.parent / name).exists()]:
@@ -160,6 +167,11 @@ def _sharded(index: epath.Path, open_file: Callable[[epath.Path], Tensors]) -> T
             raise BadModelFile(f"{index.parent / name} lacks tensors that {index.name} promises: {', '.join(lost)}")
         tensors |= part
     return tensors
+
+
+def _is_name(text: str) -> bool:
+    """Whether this names a file of a folder; one with a folder in it could lead anywhere."""
+    return epath.Path(text).name == text and text not in ("", "..")
 
 
 def meta_shards(folder: epath.Path) -> list[Tensors]:
@@ -198,10 +210,11 @@ def merged(shards: Sequence[Tensors], shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def _join(parts: Sequence[Tensor], shape: tuple[int, ...] | None) -> Tensor:
     first = parts[0]
-    for axis in range(len(first.shape)):
-        rest = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts if len(part.shape) == len(first.shape)}
+    axes = {len(part.shape) for part in parts}
+    for axis in range(len(first.shape)) if len(parts) > 1 and len(axes) == 1 else ():
+        rest = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}
         joined = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
-        if len(parts) > 1 and joined == shape and len(rest) == 1:
+        if joined == shape and len(rest) == 1:
             return Tensor(joined, first.dtype, functools.partial(_read_joined, parts, axis))
     # A part that is not as it should be, if there is one, so that the check of shapes names it.
     return next((part for part in parts if part.shape != shape), first)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -109,7 +110,7 @@ def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str,
 def _meta_vocabulary(folder: epath.Path, params: Mapping[str, object]) -> tuple[int, bool]:
     """What params.json may not say: how many tokens there are, and whether the head is the embedding."""
     shards = sources.meta_shards(folder)
-    if _EMBEDDING.meta not in shards[0] or len(shards[0][_EMBEDDING.meta].shape) != 2:
+    if not all(_EMBEDDING.meta in shard and len(shard[_EMBEDDING.meta].shape) == 2 for shard in shards):
         raise BadModelFile(f"{folder}: {_EMBEDDING.meta} is missing or no matrix")
     rows, columns = shards[0][_EMBEDDING.meta].shape
     vocabulary = sum(shard[_EMBEDDING.meta].shape[0] for shard in shards) if columns == params.get("dim") else rows
@@ -120,8 +121,8 @@ def _meta_vocabulary(folder: epath.Path, params: Mapping[str, object]) -> tuple[
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two matrices are the same, some rows at a time."""
-    if one.shape != other.shape:
+    """Whether two matrices are the same, some rows at a time; what cannot be read as numbers is not."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype) or len(one.shape) != 2 or one.dtype not in sources.FLOATS:
         return False
     for start in range(0, one.shape[0], 4096):
         rows = (slice(start, min(start + 4096, one.shape[0])), slice(0, one.shape[1]))
@@ -165,7 +166,8 @@ def load(folder: epath.PathLike, config: LlamaConfig, shardings: Llama) -> Llama
       shardings: for each weight, where it lives.
 
     Raises:
-      BadModelFile: tensors are missing, unknown or of another shape (all of them are named), or a file is damaged.
+      BadModelFile: tensors are missing, unknown or of another shape (all of them are named), a file is damaged, or
+        weights are NaN, infinite or absurdly large in the configuration's type.
       BadCheckpoint: as `checkpoint.load_model`, for a checkpoint of this package.
     """
     folder = epath.Path(folder)
@@ -175,16 +177,62 @@ def load(folder: epath.PathLike, config: LlamaConfig, shardings: Llama) -> Llama
         like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), stored, places)
         leaves = jax.tree.leaves(checkpoint.load_model(folder, like))
         leaves = [leaf.astype(config.param_dtype) for leaf in leaves]
-        return jax.tree.unflatten(jax.tree.structure(llama.abstract(config)), leaves)
-    return assemble(_open(folder, config), layout_of(folder), config, shardings)
+        model = jax.tree.unflatten(jax.tree.structure(llama.abstract(config)), leaves)
+    else:
+        model = assemble(_open(folder, config), layout_of(folder), config, shardings)
+    _check_magnitudes(model, layout_of(folder), str(folder))
+    return model
+
+
+# No weight of a trained model comes near it. One below 2 whose highest exponent bit has flipped goes beyond, in float32
+# and bfloat16; a file of weights has no checksum that would tell.
+_LARGEST = 2.0**32
+
+
+def _check_magnitudes(model: Llama, layout: str, where: str) -> None:
+    """Raises BadModelFile, naming the tensors, where weights are NaN, infinite or absurdly large."""
+    leaves, config = checkpoint.named_leaves(model), model.config
+    for w in _table(config):
+        layers = range(config.L) if w.stacked else (None,)
+        fits = [_fits(leaves[w.ours], layer) for layer in layers]
+        names = w.names(layout, config)
+        if layout == "native":
+            names = [w.ours if layer is None else f"{w.ours}[{layer}]" for layer in layers]
+        if damaged := [name for name, fit in zip(names, fits, strict=True) if not fit]:
+            raise BadModelFile(
+                f"{where}: {', '.join(damaged)} holds numbers that are no weights in {config.param_dtype} (NaN, "
+                "infinite, or beyond 2^32): the file is damaged, copy it again; or choose a type that has room for them"
+            )
+
+
+@jax.jit
+def _fits(weight: jax.Array, layer: int | None) -> jax.Array:
+    """Whether no number of the weight, or of one layer of it, is beyond the limit; NaN is."""
+    numbers = weight if layer is None else weight[layer]
+    return (jnp.abs(numbers) <= min(_LARGEST, float(jnp.finfo(weight.dtype).max))).all()
 
 
 def _open(folder: epath.Path, config: LlamaConfig) -> Tensors:
     """The checked tensors of a folder that is not of our own layout."""
     layout = layout_of(folder)
-    wanted = {name: w.shape(config) for w in _TABLE for name in w.names(layout, config)}
-    tensors = sources.merged(sources.meta_shards(folder), wanted) if layout == "meta" else sources.hugging_face(folder)
+    if layout == "hf":
+        return checked(sources.hugging_face(folder), layout, config, str(folder))
+    shards = sources.meta_shards(folder)
+    tensors = sources.merged(shards, _shapes(_TABLE, layout, config, len(shards[0]), str(folder)))
     return checked(tensors, layout, config, str(folder))
+
+
+def _shapes(
+    table: tuple[_Weight, ...], layout: str, config: LlamaConfig, tensors: int, where: str
+) -> dict[str, tuple[int, ...]]:
+    """Their names of the weights in a table, by layer, with their shapes; `tensors` is how many there are.
+
+    Raises:
+      BadModelFile: the configuration has more layers than that, so that naming what is missing would have no end.
+    """
+    if tensors < config.L:
+        raise BadModelFile(f"{where}: the configuration says {config.L} layers, and there are only {tensors} tensors")
+    return {name: w.shape(config) for w in table for name in w.names(layout, config)}
 
 
 def checked(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, where: str) -> Tensors:
@@ -193,12 +241,12 @@ def checked(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, whe
     Raises:
       BadModelFile: names every tensor that is missing, unknown, of another shape or not of floating-point numbers.
     """
-    wanted = {name: w.shape(config) for w in _table(config) for name in w.names(layout, config)}
+    wanted = _shapes(_table(config), layout, config, len(tensors), where)
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     for name, shape in wanted.items():
         if name in tensors and tensors[name].shape != shape:
             problems.append(f"{name} is {list(tensors[name].shape)}, the configuration says {list(shape)}")
-        elif name in tensors and tensors[name].dtype not in ("float64", "float32", "float16", "bfloat16"):
+        elif name in tensors and tensors[name].dtype not in sources.FLOATS:
             problems.append(f"{name} holds {tensors[name].dtype}, not floating-point numbers as they are")
     (head,), (embedding,) = _OUTPUT.names(layout, config), _EMBEDDING.names(layout, config)
     for name in tensors.keys() - wanted.keys():
@@ -252,8 +300,9 @@ def _block(w: _Weight, layers: list[Tensor], layout: str, config: LlamaConfig, p
         source = _from_theirs(w, layer, layout, config, bounds)
         target = target.transpose([w.axes.index(axis) for axis in "".join(w.theirs)])
         strip = max(1, _STRIP // math.prod(source.shape[1 : len(w.theirs[0])]))
-        for start in range(0, len(source), strip):
-            target[start : start + strip] = source[start : start + strip]
+        with np.errstate(over="ignore", invalid="ignore"):  # seen by _check_magnitudes
+            for start in range(0, len(source), strip):
+                target[start : start + strip] = source[start : start + strip]
 
     with ThreadPoolExecutor(_READERS) as readers:
         list(readers.map(fill, block, layers[rows]))

@@ -46,7 +46,8 @@ def test_a_preset_keeps_its_weights_in_the_parameter_dtype(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"L": 0}, "model.L must be at least 1, not 0"),
+        ({"L": 0}, r"model.L must be at least 1 and less than 2\^31, not 0"),
+        ({"D": 2**31}, r"model.D must be at least 1 and less than 2\^31, not 2147483648"),
         ({"N": 4, "K": 3}, r"model.N \(4 query heads\) must be a multiple of model.K \(3 key-value heads\)"),
         ({"H": 7}, "model.H must be even, not 7"),
     ],
