@@ -31,14 +31,7 @@ from srlm_jax.model import config_files, llama, sources, weights
 from srlm_jax.model.config import PRESETS, LlamaConfig
 from srlm_jax.storage import jsonl
 
-SHAPES = {
-    # TinyLlama 1.1B: 1,100,048,384 parameters.
-    "1b": LlamaConfig(
-        V=32_000, D=2048, L=22, N=32, K=4, H=64, F=5632, rope_theta=10_000.0, rope_scaling=None, norm_eps=1e-5,
-        tied=False, param_dtype="bfloat16", compute_dtype="bfloat16", remat=False,
-    ),
-    "tiny": dataclasses.replace(PRESETS["tiny"](), remat=False),
-}  # fmt: skip
+SHAPES = {"1b": PRESETS["tinyllama_1b"](), "tiny": PRESETS["tiny"]()}
 
 # Of what is compared with: the packages that it needs, and its loaders. transformers leaves weights where the file is
 # mapped if it can; copied, they are in memory of its own, as ours are.
