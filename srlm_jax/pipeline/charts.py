@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 WIDTH, HEIGHT = 340, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 12, 10, 40  # the left holds ticks like "−0.0005" and the axis' name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

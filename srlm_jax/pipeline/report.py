@@ -33,6 +33,7 @@ _METRICS = (
     ("exact_match", "Exact match", "%", "prompts whose whole order the judge gets right"),
     ("spearman", "Spearman", "", "rank correlation of judge and ranking"),
     ("kendall_tau_b", "Kendall τ", "", "rank correlation of judge and ranking, by pairs"),
+    ("scored", "Scored", "%", "answers of the evaluation split to which the judge gave a score"),
     ("response_tokens", "Tokens", "", "mean length of answers to held-out prompts"),
 )
 # (is it DPO, keys drawn together, title, y label)

@@ -31,7 +31,7 @@ def test_ticks_are_round_numbers_within_the_scale(low, high, texts):
 def test_a_constant_curve_of_one_point_has_a_place():
     panel = charts.curves("loss", "nats", [charts.Line(label="M1", style="s2", points=[(10.0, 0.5)])])
     dot = panel.marks[-1]
-    assert (dot.element, dot.geometry["cx"], dot.geometry["cy"]) == ("circle", 188.0, 90.0)  # the middle of the plot
+    assert (dot.element, dot.geometry["cx"], dot.geometry["cy"]) == ("circle", 194.0, 90.0)  # the middle of the plot
 
 
 def test_an_error_bar_spans_one_standard_error_either_way():
