@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 
@@ -32,6 +33,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 is greedy.", lower_boun
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "The probability of the likeliest tokens that are drawn from.")
 _N = flags.DEFINE_integer("n", 1, "Completions of each prompt.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the random numbers.")
+_TENSOR = flags.DEFINE_integer(
+    "tensor", 1, "Devices that share one copy of the weights, for a model that one cannot hold.", lower_bound=1
+)
 _ROWS = flags.DEFINE_integer("rows", 64, "Completions decoded at once; it changes no sample.", lower_bound=1)
 
 
@@ -44,6 +48,7 @@ def generate(
     params: SamplingParams,
     seed: int,
     engine: EngineConfig,
+    tensor: int,
     shard_prompts: int,
 ) -> None:
     """Writes a `records.Responses` for each prompt to `output`.
@@ -53,16 +58,19 @@ def generate(
 
     Args:
       chat_format: a name in `text.chat.FORMATS`, or "none" for text that is continued as it stands.
+      tensor: devices among which each copy of the weights is split; it divides the heads.
 
     Raises any of FAILURES.
     """
     checkpoint, output = epath.Path(checkpoint), epath.Path(output)
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose another --output, or remove it")
+    if jax.device_count() % tensor:
+        raise ValueError(f"--tensor={tensor} does not divide the {jax.device_count()} devices")
     asked = sources.read_prompts(prompts, "prompt")
     source = open_model(
         checkpoint,
-        meshes.sample_mesh(MeshShape(data=1, fsdp=-1, tensor=1)),
+        meshes.sample_mesh(MeshShape(data=1, fsdp=-1, tensor=tensor)),
         chat_format=FORMATS.get(chat_format, PLAIN),
         config=engine,
         key=stage_key(seed, "generate"),
@@ -130,6 +138,7 @@ def main(argv: list[str]) -> None:
             params=params,
             seed=_SEED.value,
             engine=EngineConfig(rows=_ROWS.value, steps=16),
+            tensor=_TENSOR.value,
             shard_prompts=4 * _ROWS.value,
         )
     except FAILURES as error:

@@ -44,7 +44,8 @@ def folder(tmp_path, make_llama, tokenizer_model):
 
 def run(folder, output, params=DRAWN, prompts="prompts.jsonl", **changes):
     arguments = {
-        "chat_format": "none", "seed": 0, "engine": EngineConfig(rows=4, steps=2), "shard_prompts": 2,
+        "chat_format": "none", "seed": 0, "engine": EngineConfig(rows=4, steps=2), "tensor": 1,
+        "shard_prompts": 2,
     } | changes  # fmt: skip
     generate(folder, folder.parent / prompts, folder.parent / output, params=params, **arguments)
     return jsonl.read(folder.parent / output, Responses)
@@ -65,6 +66,28 @@ def test_greedy_answers_depend_on_no_seed_and_drawn_ones_do(folder):
 def test_batches_change_nothing(folder):
     wide = {"engine": EngineConfig(rows=16, steps=3), "shard_prompts": 5}
     assert run(folder, "a.jsonl") == run(folder, "b.jsonl", **wide)
+
+
+def test_weights_that_devices_share_give_the_same_answers(folder, monkeypatch):
+    held = []
+    load = weights.load
+    monkeypatch.setattr(weights, "load", lambda *arguments: held.append(load(*arguments)) or held[-1])
+    assert run(folder, "a.jsonl", GREEDY, tensor=1) == run(folder, "b.jsonl", GREEDY, tensor=2)
+    one, two = (model.blocks.q[...].addressable_shards[0].data.size for model in held)
+    assert one == 2 * two  # each device has half the heads
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        (3, "--tensor=3 does not divide the 8 devices"),
+        (4, "weight .blocks.k of shape (2, 16, 2, 8) does not fit mesh {'data': 2, 'tensor': 4}: 2 (kv_heads) cannot"),
+    ],
+)
+def test_weights_that_devices_cannot_share_evenly_are_named(folder, tensor, problem):
+    with pytest.raises(ValueError) as raised:
+        run(folder, "a.jsonl", tensor=tensor)
+    assert str(raised.value).startswith(problem)
 
 
 def test_a_chat_format_stands_around_the_prompt(folder):

@@ -1,5 +1,6 @@
 """Logical axis -> mesh axis: the one table, and the only place where a PartitionSpec is made."""
 
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -69,7 +70,15 @@ def model_shardings(mesh: jax.sharding.Mesh, rules: Mapping[str, MeshAxes], mode
             placed.shard_shape(weight.shape)
         except ValueError as error:
             name = jax.tree_util.keystr(path)
-            raise ValueError(f"weight {name} of shape {weight.shape} does not fit mesh {dict(mesh.shape)}") from error
+            parts = [math.prod(mesh.shape[axis] for axis in rules[logical]) for logical in weight.axes]
+            uneven = [
+                f"{size} ({logical}) cannot be split in {n}"
+                for logical, size, n in zip(weight.axes, weight.shape, parts, strict=True)
+                if size % n
+            ]
+            raise ValueError(
+                f"weight {name} of shape {weight.shape} does not fit mesh {dict(mesh.shape)}: {', '.join(uneven)}"
+            ) from error
         return weight.replace(placed)
 
     return jax.tree_util.tree_map_with_path(place, model, is_leaf=lambda node: isinstance(node, nnx.Param))
