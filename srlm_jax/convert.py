@@ -13,7 +13,7 @@ from etils import epath
 
 from srlm_jax.model import config_files, llama, weights
 from srlm_jax.storage import checkpoint, jsonl
-from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
 
 # What a user can put right: told in one line, without a traceback.
 FAILURES = (ValueError, OSError)
@@ -52,6 +52,8 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
             checkpoint.save_model(folder, model, {"config": checkpoint.config_facts(config), "hf": carried})
         else:
             weights.save_hf(folder, model, shard_bytes=shard_bytes)
+            if isinstance(tokenizer, WordTokenizer) and not (folder / "tokenizer.json").exists():
+                tokenizer.save_hf(folder)
             jsonl.write_json(folder / "config.json", config_files.to_hf(config, carried))
             if not (folder / "generation_config.json").exists():
                 jsonl.write_json(folder / "generation_config.json", config_files.generation_config(carried))

@@ -1,5 +1,6 @@
 """The command: any layout in, ours or Hugging Face's out, whole or not at all."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,15 +8,23 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 from srlm_jax.convert import convert
+from srlm_jax.data import world
+from srlm_jax.data.world_corpus import WorldRules, draw_corpus
 from srlm_jax.model import config_files, llama, sources, weights
 from srlm_jax.storage import checkpoint
+from srlm_jax.text.tokenizer import WordTokenizer
 
 ROOT = Path(__file__).parents[1]
+WORLD = WorldRules(
+    documents=400, trees=4, replies=(2, 3), held_out=2, corpus_flaw=0.3, corpus_wrong_verdict=0.1, reply_flaw=0.3,
+    rank_noise=0.1,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -79,6 +88,31 @@ def test_a_checkpoint_of_a_run_becomes_a_folder_that_others_read(tiny_llama, tmp
     out = run(tmp_path / "m1", tmp_path / "out", "hf")
     assert tensors(out).keys() == weights.hf_tensors(tiny_llama).keys()
     assert json.loads((out / "generation_config.json").read_text()) == {"_from_model_config": True}
+
+
+@pytest.mark.parity
+def test_a_checkpoint_of_a_run_speaks_its_words_in_transformers(make_llama, tmp_path):
+    import torch
+    import transformers
+
+    model, words = make_llama(V=320), WordTokenizer(world.vocabulary())
+    checkpoint.save_model(tmp_path / "m1", model, {"config": checkpoint.config_facts(model.config)})
+    words.save(epath.Path(tmp_path / "m1"))
+    out = run(tmp_path / "m1", tmp_path / "out", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert [theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id] == [0, 1, 2, 3]
+    texts = [*itertools.islice(draw_corpus(WORLD, 0), 300), world.RUBRIC.template, "no such word"]
+    for text in texts:
+        assert theirs.encode(text) == [words.bos, *words.encode(text)]
+    assert theirs.decode(words.encode(texts[0])) == texts[0]
+    again = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert (again.config.bos_token_id, again.generation_config.eos_token_id) == (1, 2)
+    ids = theirs(texts[0], return_tensors="pt").input_ids
+    positions = jnp.arange(ids.shape[1])[None]
+    hidden, _ = model(jnp.asarray(ids.numpy()), positions, segments_BT=None, cache=None, dropout=None)
+    with torch.no_grad():
+        logits = again(ids).logits.numpy()
+    np.testing.assert_allclose(logits, hidden @ model.head(), rtol=1e-4, atol=1e-4 * np.abs(logits).max())
 
 
 def test_the_type_is_kept_unless_another_is_asked_for(source, tmp_path):

@@ -13,7 +13,7 @@ from etils import epath
 
 from srlm_jax.model.config import LlamaConfig, RopeScaling
 from srlm_jax.storage import jsonl
-from srlm_jax.text.tokenizer import SentencePieceTokenizer
+from srlm_jax.text.tokenizer import load_tokenizer
 
 # Layout -> the file that tells it; the first one found counts.
 _MARKS = {"native": "manifest.json", "hf": "config.json", "meta": "params.json"}
@@ -277,10 +277,11 @@ def hf_fields(folder: epath.Path) -> dict[str, object]:
         return {name: document["hf"][name] for name in _HF_CARRIED if name in document["hf"]}
     known = {} if document.get("max_seq_len") is None else {"max_position_embeddings": document["max_seq_len"]}
     try:
-        tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
-    except (FileNotFoundError, ValueError):  # there is none, or of another kind: Llama 3 has a table of its own
+        tokenizer = load_tokenizer(folder)
+    except (FileNotFoundError, ValueError):  # there is none, or none that can be read
         return known | {"bos_token_id": None, "eos_token_id": None}
-    return known | {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    first, *others = tokenizer.ends
+    return known | {"bos_token_id": tokenizer.bos, "eos_token_id": [first, *others] if others else first}
 
 
 def generation_config(carried: Mapping[str, object]) -> dict[str, object]:

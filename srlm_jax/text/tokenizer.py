@@ -9,6 +9,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 from etils import epath
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from srlm_jax.storage import jsonl
 
@@ -83,6 +84,31 @@ class WordTokenizer:
 
     def save(self, folder: epath.Path) -> None:
         jsonl.write_json(folder / _WORDS, list(self.words))
+
+    def save_hf(self, folder: epath.Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json: transformers encodes by them as this does, behind a begin
+        token as is usual for a Llama, and decodes known words as this does.
+
+        There, text that spells a special token becomes it.
+
+        Raises ValueError where a word is spelt like one.
+        """
+        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        pieces = [*special.values(), *self.words]
+        if len(set(pieces)) != len(pieces):
+            raise ValueError(f"{_WORDS} holds one of {', '.join(special.values())}, which are not words elsewhere")
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        made = tokenizers.Tokenizer(models.WordLevel(ids, special["unk_token"]))
+        made.add_special_tokens([*special.values()])
+        split = pre_tokenizers.Split
+        made.pre_tokenizer = pre_tokenizers.Sequence([split("\n", "isolated"), split(" ", "removed")])
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", self.bos)])
+        spaced = decoders.WordPiece(prefix="\n\n", cleanup=False)  # no word has this prefix, so each gets its space
+        breaks = [decoders.Replace(around, "\n") for around in (" \n ", "\n ", " \n")]
+        made.decoder = decoders.Sequence([spaced, decoders.Fuse(), *breaks])
+        (folder / "tokenizer.json").write_text(made.to_str(pretty=True))
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        jsonl.write_json(folder / "tokenizer_config.json", kind | special)
 
 
 class SentencePieceTokenizer:

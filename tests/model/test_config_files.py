@@ -287,3 +287,7 @@ def test_special_tokens_come_from_the_configuration_or_else_from_the_tokenizer(t
     assert hf_fields(epath.Path(stories260k / "meta")) == {"bos_token_id": 1, "eos_token_id": 2}
     (tmp_path / "config.json").rename(tmp_path / "params.json")
     assert hf_fields(epath.Path(tmp_path)) == {"bos_token_id": None, "eos_token_id": None}
+    (tmp_path / "words.json").write_text('["two", "words"]')
+    assert hf_fields(epath.Path(tmp_path)) == {"bos_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "words.json").write_text('["two"')
+    assert hf_fields(epath.Path(tmp_path)) == {"bos_token_id": None, "eos_token_id": None}

@@ -390,6 +390,22 @@ def test_a_saved_tokenizer_is_loaded_again(tmp_path, save, hugging):
         assert (again.bos, again.ends, again.pad) == (tokenizer.bos, tokenizer.ends, tokenizer.pad)
 
 
+def test_words_as_a_json_give_the_same_ids_and_text(tmp_path):
+    WORDS.save_hf(epath.Path(tmp_path))
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("", "say two\nwords  done.", "say\n\n\ntwo words\n", "\nsay nothing\ttwo", " say\rtwo é "):
+        ids = WORDS.encode(text)
+        assert made.encode(text, add_special_tokens=False).ids == ids
+        assert made.encode(text).ids == [WORDS.bos, *ids]
+        known = [i for i in ids if i != WORDS.unknown]
+        assert made.decode([WORDS.bos, *known, WORDS.eos, WORDS.pad]) == WORDS.decode(known)
+
+
+def test_a_word_that_is_spelt_like_a_special_token_cannot_be_written_as_a_json(tmp_path):
+    with pytest.raises(ValueError, match=r"words\.json holds one of <pad>, <s>, </s>, <unk>"):
+        WordTokenizer(("say", "</s>")).save_hf(epath.Path(tmp_path))
+
+
 @pytest.mark.parametrize("content", ["{}", "[1]", '["a", "a"]', '["a"'])
 def test_a_damaged_list_of_words_is_refused(tmp_path, content):
     (tmp_path / "words.json").write_text(content)
