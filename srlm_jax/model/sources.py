@@ -211,7 +211,7 @@ def merged(shards: Sequence[Tensors], shapes: Mapping[str, tuple[int, ...]]) -> 
 def _join(parts: Sequence[Tensor], shape: tuple[int, ...] | None) -> Tensor:
     first = parts[0]
     axes = {len(part.shape) for part in parts}
-    for axis in range(len(first.shape)) if len(parts) > 1 and len(axes) == 1 else ():
+    for axis in range(len(first.shape)) if len(axes) == 1 else ():
         rest = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}
         joined = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
         if joined == shape and len(rest) == 1:

@@ -363,6 +363,17 @@ def test_several_types_ask_for_a_choice(folder, tiny_llama):
     np.testing.assert_allclose(load(folder).norm[...], tiny_llama.norm[...], rtol=1e-2)
 
 
+def test_a_type_that_is_not_kept_asks_for_a_choice(folder, tiny_llama):
+    wide = {
+        name: Tensor(t.shape, "float64", lambda index, t=t: t.read(index).astype(np.float64))
+        for name, t in weights.hf_tensors(tiny_llama).items()
+    }
+    sources.write_safetensors(folder / "model.safetensors", wide)
+    with pytest.raises(BadModelFile, match=r"the weights are float64, which is not kept; choose a type for them"):
+        weights.source_dtype(folder, tiny_llama.config)
+    assert_same(load(folder), tiny_llama)
+
+
 # --- our own layout ---------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +386,9 @@ def test_a_checkpoint_of_this_package_is_read_like_the_others(make_llama, tmp_pa
     half = load(tmp_path / "m", param_dtype="bfloat16")
     assert half.config.param_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+    (tmp_path / "m" / "manifest.json").write_text(json.dumps({"config": checkpoint.config_facts(model.config)}))
+    with pytest.raises(BadModelFile, match=r"manifest.json lacks the field 'weights'"):
+        load(tmp_path / "m")
 
 
 # --- what must not load -----------------------------------------------------------------------------------------------

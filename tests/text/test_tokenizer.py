@@ -287,6 +287,16 @@ def test_a_json_at_which_the_library_panics_is_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_whoever_interrupts_the_reading_of_a_json_is_heard(tmp_path, monkeypatch):
+    def interrupted(document):
+        raise KeyboardInterrupt
+
+    write_folder(tmp_path)
+    monkeypatch.setattr(json, "dumps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_that_makes_special_tokens_out_of_words_is_refused(tmp_path):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"two": 0, "</s>": 1}, "two"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
