@@ -5,6 +5,7 @@ Axes: L layers, V vocabulary, D width, N query heads, K key-value heads, H head 
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,7 +83,6 @@ def _table(config: LlamaConfig) -> tuple[_Weight, ...]:
 
 _READERS = 8  # threads: they wait for the disk, or turn matrices
 _STRIP = 128  # rows of a matrix turned at a time: a line of the cache is full before it has to go
-_ALIGNMENT = 64  # bytes
 
 
 def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str, remat: bool) -> LlamaConfig:
@@ -293,7 +293,7 @@ def _block(w: _Weight, layers: list[Tensor], layout: str, config: LlamaConfig, p
     """A part of our weight, some of its layers read at a time."""
     rows, part = (part[0], part[1:]) if w.stacked else (slice(0, 1), part)
     sizes = [axis.stop - axis.start for axis in part]
-    block = _aligned((rows.stop - rows.start, *sizes), config.param_dtype)
+    block = _pages((rows.stop - rows.start, *sizes), config.param_dtype)
     bounds = dict(zip(w.axes, part, strict=True))
 
     def fill(target: np.ndarray, layer: Tensor) -> None:
@@ -309,12 +309,14 @@ def _block(w: _Weight, layers: list[Tensor], layout: str, config: LlamaConfig, p
     return block if w.stacked else block[0]
 
 
-def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Memory of any content, placed so that JAX's CPU devices take it over as it is instead of copying it."""
+def _pages(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Memory straight from the system: it begins with a page, as JAX's CPU devices want it to take it over uncopied.
+
+    numpy's own large arrays do not, and ask for huge pages, which some virtual machines are slow to give.
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _from_theirs(w: _Weight, tensor: Tensor, layout: str, config: LlamaConfig, part: Mapping[str, slice]) -> np.ndarray:
