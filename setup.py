@@ -45,7 +45,7 @@ setup(
     extras_require={
         "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
         "cuda": [f"jax[cuda12]>=0.10.2,<0.11; {OLD}", f"jax[cuda12]>=0.11.1; {NEW}"],
-        "openai": ["openai>=1.40"],  # a server as a source of completions
+        "openai": ["openai>=1.55.3"],  # a server as a source of completions; before 1.55.3 it breaks with httpx 0.28
         # Parquet files and TensorFlow Datasets (no TensorFlow): 190 MB, a quarter more than the base install. The last
         # is needed to prepare data sets, and tensorflow-datasets 4.9.10 does not say so.
         "data": ["pyarrow>=15", "tensorflow-datasets>=4.9.10", "importlib-resources>=5"],
@@ -56,7 +56,7 @@ setup(
             "matplotlib>=3.8",
             "nbclient>=0.10",
             "nbformat>=5.10",
-            "openai>=1.40",
+            "openai>=1.55.3",
             "pytest>=8.2",
             "ruff>=0.8",
             "scipy>=1.13",
