@@ -2,6 +2,9 @@
 
 Grain's iterators know where they are: their state is saved with the train state, and a restored one goes on with the
 batch that would have come next.
+
+Every process of a job draws the same batches, rows of all processes together: which rows are whose is the mesh's
+affair (`parallel.hosts.spread`), so no batch depends on how many processes there are.
 """
 
 import dataclasses
@@ -87,24 +90,14 @@ def _padded(row: Row, length: int) -> dict[str, np.ndarray]:
 
 
 def _shuffled(rows: Sequence, seed: int) -> grain.MapDataset:
-    """This host's share of the rows, in a new random order each epoch, without end."""
-    mine = rows[jax.process_index() :: jax.process_count()]
-    return grain.MapDataset.source(mine).seed(seed).shuffle().repeat()
-
-
-def _per_host(batch_size: int, rows: int) -> int:
-    hosts = jax.process_count()
-    if batch_size % hosts:
-        raise ValueError(f"batch_size ({batch_size}) must be a multiple of the number of hosts ({hosts})")
-    if rows < hosts:
-        raise ValueError(f"{rows} training rows cannot be shared among {hosts} hosts")
-    return batch_size // hosts
+    """The rows in a new random order each epoch, without end."""
+    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
 
 
 def padded_batches(rows: Sequence[Row], length: int, batch_size: int, seed: int) -> grain.IterDataset:
     """Batches of `batch_size` rows, one document each: the paper's notion of a batch."""
     dataset = _shuffled(rows, seed).to_iter_dataset()
-    return dataset.batch(_per_host(batch_size, len(rows)), batch_fn=lambda batch: token_batch(batch, length))
+    return dataset.batch(batch_size, batch_fn=lambda batch: token_batch(batch, length))
 
 
 def pack(rows: Sequence[Row], length: int) -> list[tuple[Row, ...]]:
@@ -146,9 +139,8 @@ def packed_batch(groups: Sequence[tuple[Row, ...]], length: int) -> TokenBatch:
 def packed_batches(rows: Sequence[Row], length: int, batch_size: int, seed: int) -> grain.IterDataset:
     """Batches of `batch_size` rows of `length` positions, each filled with as many documents as fit."""
     groups = pack(rows, length)
-    size = _per_host(batch_size, len(groups))
     dataset = _shuffled(groups, seed).to_iter_dataset()
-    return dataset.batch(size, batch_fn=lambda batch: packed_batch(batch, length))
+    return dataset.batch(batch_size, batch_fn=lambda batch: packed_batch(batch, length))
 
 
 def pair_batches(pairs: Sequence[PairRow], length: int, batch_size: int, seed: int) -> grain.IterDataset:
@@ -162,4 +154,4 @@ def pair_batches(pairs: Sequence[PairRow], length: int, batch_size: int, seed: i
             np.asarray([row.ref_rejected for row in rows], np.float32),
         )
 
-    return _shuffled(pairs, seed).to_iter_dataset().batch(_per_host(batch_size, len(pairs)), batch_fn=to_batch)
+    return _shuffled(pairs, seed).to_iter_dataset().batch(batch_size, batch_fn=to_batch)

@@ -1,6 +1,7 @@
 """Device meshes: which devices hold what, and how several hosts start as one."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -25,9 +26,9 @@ def start(coordinator: str | None) -> None:
         jax.distributed.initialize(None if coordinator == "auto" else coordinator)
 
 
-def _make(sizes: dict[str, int]) -> jax.sharding.Mesh:
+def _make(sizes: dict[str, int], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
     axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
 
 
 def resolve(shape: MeshShape, devices: int) -> MeshShape:
@@ -50,10 +51,12 @@ def resolve(shape: MeshShape, devices: int) -> MeshShape:
 def train_mesh(shape: MeshShape) -> jax.sharding.Mesh:
     """The mesh for training: axes data, fsdp, tensor."""
     shape = resolve(shape, jax.device_count())
-    return _make({"data": shape.data, "fsdp": shape.fsdp, "tensor": shape.tensor})
+    return _make({"data": shape.data, "fsdp": shape.fsdp, "tensor": shape.tensor}, jax.devices())
 
 
 def sample_mesh(shape: MeshShape) -> jax.sharding.Mesh:
-    """The mesh for sampling, over the same devices: axes data, tensor."""
+    """The mesh for sampling: axes data, tensor. Over this process's own devices where they hold a copy of the weights
+    (`tensor` divides their number), so that each process samples for itself; else over the devices of all."""
     shape = resolve(shape, jax.device_count())
-    return _make({"data": shape.data * shape.fsdp, "tensor": shape.tensor})
+    devices = jax.local_devices() if jax.local_device_count() % shape.tensor == 0 else jax.devices()
+    return _make({"data": len(devices) // shape.tensor, "tensor": shape.tensor}, devices)

@@ -58,27 +58,49 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 
 def model_shardings(mesh: jax.sharding.Mesh, rules: Mapping[str, MeshAxes], model: Tree) -> Tree:
-    """For each weight of a module (arrays or their shapes), where it lives, by the axes it was made with.
+    """For each weight of a module (arrays or their shapes), where it lives, by the axes it was made with; so too for
+    an optimizer's state, whose moments have the axes of their weights, and whose other numbers are whole everywhere.
 
     Raises:
-      ValueError: as `sharding`, or a dimension that the mesh does not divide.
+      ValueError: as `sharding`, or an axis of a weight that the mesh does not divide; the message has the sizes that
+        would work for the whole model.
     """
+    weights = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_weight)
+    for path, weight in weights:
+        for mesh_axis, axis, size in _split(rules, weight):
+            if size % mesh.shape[mesh_axis]:
+                whole = math.gcd(*(n for _, w in weights for to, _, n in _split(rules, w) if to == mesh_axis))
+                fitting = [n for n in range(1, mesh.size + 1) if whole % n == 0 and mesh.size % n == 0]
+                raise ValueError(
+                    f"config.mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not divide axis {axis!r} of size "
+                    f"{size} of weight {jax.tree_util.keystr(path)} {tuple(weight.shape)}: of {mesh.size} devices, "
+                    f"config.mesh.{mesh_axis} can be {' or '.join(map(str, fitting))} for this model"
+                )
 
-    def place(path: tuple, weight: nnx.Param) -> nnx.Param:
-        placed = sharding(mesh, rules, weight.axes)
-        try:
-            placed.shard_shape(weight.shape)
-        except ValueError as error:
-            name = jax.tree_util.keystr(path)
-            parts = [math.prod(mesh.shape[axis] for axis in rules[logical]) for logical in weight.axes]
-            uneven = [
-                f"{size} ({logical}) cannot be split in {n}"
-                for logical, size, n in zip(weight.axes, weight.shape, parts, strict=True)
-                if size % n
-            ]
-            raise ValueError(
-                f"weight {name} of shape {weight.shape} does not fit mesh {dict(mesh.shape)}: {', '.join(uneven)}"
-            ) from error
-        return weight.replace(placed)
+    def place(weight: nnx.Param | jax.Array) -> nnx.Param | jax.sharding.NamedSharding:
+        return weight.replace(sharding(mesh, rules, weight.axes)) if _is_weight(weight) else replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place, model, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return jax.tree.map(place, model, is_leaf=_is_weight)
+
+
+def keep_in_place(rules: Mapping[str, MeshAxes], model: Tree) -> Tree:
+    """Inside a compiled function, under `jax.set_mesh`: leaves weights, or an optimizer's state, where
+    `model_shardings` puts them; without a mesh, where the compiler does.
+
+    Else the first step's results lie a little otherwise than its arguments, and the second step is compiled anew.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return model if mesh.empty else jax.lax.with_sharding_constraint(model, model_shardings(mesh, rules, model))
+
+
+def _is_weight(node: object) -> bool:
+    return isinstance(node, nnx.Param)
+
+
+def _split(rules: Mapping[str, MeshAxes], weight: nnx.Param | jax.Array) -> list[tuple[str, str, int]]:
+    """(mesh axis, logical axis, size) for each axis of a weight that is split."""
+    if not _is_weight(weight):
+        return []
+    # An axis that the table does not know has its own message, in `sharding`.
+    sizes = zip(weight.axes, weight.shape, strict=True)
+    return [(mesh_axis, axis, size) for axis, size in sizes for mesh_axis in rules.get(axis, ())]

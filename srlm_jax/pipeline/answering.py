@@ -8,9 +8,10 @@ from etils import epath
 
 from srlm_jax.data import sources
 from srlm_jax.model import weights
+from srlm_jax.parallel import hosts
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
-from srlm_jax.pipeline.run import Run, naming, progress
+from srlm_jax.pipeline.run import Run, draw, naming, needs_all, progress
 from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import (
     Example,
@@ -96,7 +97,8 @@ def create_prompts(run: Run, name: str, start: str) -> None:
         seeds = _seeds(run)
         folder = run.workdir / name / "candidates"
         pool, accepted, counts = NoveltyPool(seeds, s.filters.max_rouge_l), [], collections.Counter()
-        done = jsonl.shards_done(folder) if folder.exists() else frozenset()
+        done = jsonl.shards_done(folder)
+        hosts.barrier(f"{folder}: looked")
         with progress(f"{name}: new prompts", s.prompts, "prompt") as report:
             for index in range(-(-s.max_candidates // s.batch)):
                 path = jsonl.shard(folder, index)
@@ -108,7 +110,7 @@ def create_prompts(run: Run, name: str, start: str) -> None:
                     tokens = 0
                 else:
                     candidates, tokens = _draw_candidates(run, generate, stage, index, seeds, accepted, pool)
-                    jsonl.write(path, candidates)
+                    run.write(path, candidates)
                 new = [candidate for candidate in candidates if candidate.rejection is None]
                 accepted += [candidate.text for candidate in new]
                 counts.update(str(c.rejection) for c in candidates if c.rejection is not None)
@@ -123,7 +125,7 @@ def create_prompts(run: Run, name: str, start: str) -> None:
             )
         accepted = accepted[: s.prompts]
         prompts = [Prompt(id=f"{name}-{i:05}", text=text, origin="self-instruct") for i, text in enumerate(accepted)]
-        jsonl.write(jsonl.shard(run.workdir / name / "prompts", 0), prompts)
+        run.write(jsonl.shard(run.workdir / name / "prompts", 0), prompts)
         return Outcome({"kept": len(prompts)} | {str(r): counts[str(r)] for r in Rejection if counts[str(r)]}, None)
 
     run.ledger.run(
@@ -152,7 +154,7 @@ def _take_prompts(run: Run, name: str) -> None:
                 f"{stage}: none of the {len(given)} prompts of config.self_instruction.prompts_file can be used "
                 f"({counts}); look at config.max_prompt_tokens, or give others"
             )
-        jsonl.write(jsonl.shard(run.workdir / name / "prompts", 0), fitting)
+        run.write(jsonl.shard(run.workdir / name / "prompts", 0), fitting)
         return Outcome({"kept": len(fitting)} | {reason: count for reason, count in counts.items() if count}, None)
 
     contents = run.contents(self_instruction__prompts_file=source)
@@ -187,7 +189,7 @@ def _draw_candidates(
             from_generated=s.from_generated,
         )
         requests.append(Request(id=identity, prompts=(self_instruct.creation_prompt(shown),), chat=False))
-    drawn = generate(requests, s.sampling, lambda finished, tokens: None)
+    drawn = draw(generate, requests, s.sampling)
     candidates, tokens = [], 0
     for request, ((completion,),) in zip(requests, drawn, strict=True):
         tokens += completion.tokens
@@ -219,7 +221,13 @@ def draw_answers(
         ]
 
     return run.in_shards(
-        run.workdir / stage, prompts, Responses, work, title=title, completions=lambda prompt: params.samples
+        run.workdir / stage,
+        prompts,
+        Responses,
+        work,
+        title=title,
+        completions=lambda prompt: params.samples,
+        together=needs_all(generate),
     )
 
 

@@ -7,6 +7,7 @@ from srlm_jax.data import sources, world
 from srlm_jax.evaluate.oracle import oracle_metrics
 from srlm_jax.evaluate.reward_metrics import reward_metrics
 from srlm_jax.evaluate.validation import validation_metrics
+from srlm_jax.parallel import hosts
 from srlm_jax.pipeline.answering import draw_answers, prompt_tokens
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.judging import as_responses, judge_all, judge_answers, ranked_prompts, vote_counts
@@ -38,7 +39,8 @@ def evaluate(run: Run, name: str) -> None:
             metrics = _oracle_metrics(run, name, stage) | metrics
         elif prompts_file is not None:
             metrics = _validation_metrics(run, name, stage) | metrics
-        jsonl.write_json(folder / "metrics.json", {key: vars(metric) for key, metric in metrics.items()})
+        if hosts.is_main():
+            jsonl.write_json(folder / "metrics.json", {key: vars(metric) for key, metric in metrics.items()})
         return Outcome(vote_counts(judged) | {"prompts_with_too_many_tokens": too_long}, None)
 
     fields = ["judging", "responses", "context_length", *run.SAMPLING, *([] if run.embedded else ["validation"])]
@@ -61,7 +63,7 @@ def _oracle_metrics(run: Run, name: str, stage: str) -> dict[str, Metric]:
     held_out = jsonl.read(run.workdir / "world" / "held_out.jsonl", Prompt)
     answers = _held_out_answers(run, name, stage, held_out)
     scores = _oracle_scores(answers)
-    jsonl.write(run.workdir / stage / "oracle.jsonl", scores)
+    run.write(run.workdir / stage / "oracle.jsonl", scores)
     return oracle_metrics(answers, scores)
 
 
@@ -89,7 +91,7 @@ def score_round_by_oracle(run: Run, name: str) -> None:
 
     def work() -> Outcome:
         scores = _oracle_scores(jsonl.read(run.workdir / name / "responses", Responses))
-        jsonl.write(run.workdir / name / "oracle.jsonl", scores)
+        run.write(run.workdir / name / "oracle.jsonl", scores)
         unscored = sum(score is None for row in scores for score in row.scores)
         return Outcome({"scores": sum(len(row.scores) for row in scores) - unscored, "unscored": unscored}, None)
 

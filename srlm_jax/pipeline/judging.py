@@ -7,7 +7,7 @@ from srlm_jax.data import eft, pairs
 from srlm_jax.judge import rubric as rubrics
 from srlm_jax.judge.score import judge
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
-from srlm_jax.pipeline.run import Run
+from srlm_jax.pipeline.run import Run, needs_all
 from srlm_jax.records import (
     Completion,
     Generate,
@@ -64,6 +64,7 @@ def judge_answers(
         lambda part, report: judge(generate, run.rubric, part, run.settings.judging, report),
         title=title,
         completions=lambda answer: votes * len(answer.completions),
+        together=needs_all(generate),
     )
 
 
@@ -125,7 +126,7 @@ def make_eft(run: Run) -> None:
                 f"eft/examples: no judgement of the SFT baseline agrees with the human ranking ({made.counts}); "
                 "raise config.eft.max_tied_pairs or config.eft.most_common_share, or train the baseline for longer"
             )
-        jsonl.write(jsonl.shard(run.workdir / "eft" / "examples", 0), made.examples)
+        run.write(jsonl.shard(run.workdir / "eft" / "examples", 0), made.examples)
         return Outcome(made.counts, None)
 
     run.ledger.run(
@@ -166,7 +167,7 @@ def make_pairs(run: Run, name: str) -> None:
                 "cannot teach: look at the score histogram in report.html, raise config.judging.samples or "
                 "config.responses.temperature"
             )
-        jsonl.write(jsonl.shard(run.workdir / name / "pairs", 0), kept)
+        run.write(jsonl.shard(run.workdir / name / "pairs", 0), kept)
         return Outcome(counts, None)
 
     run.ledger.run(

@@ -10,9 +10,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 from etils import epath
 
+from srlm_jax.parallel import hosts
 from srlm_jax.storage import jsonl
 
 
@@ -82,33 +82,43 @@ class Ledger:
             "inputs": {name: self._identity[name] for name in inputs},
             "outputs": list(outputs),
         }
-        known = self.entry(stage)
-        if known is not None and known["status"] == "removed":
-            self._remove(known)  # a redo that was killed
-            known = None
-        if known is not None and known["status"] == "started" and not self._made(known):
-            known = None  # it failed before it made anything, over its input perhaps: free to be begun otherwise
-        if known is not None:
-            self._compare(known, identity)
-        # Only the first process of a job writes; on all of them the work is entered.
-        main = jax.process_index() == 0
-        if known is None or known["status"] != "done":
-            if main:
-                jsonl.write_json(self._path(stage), {"status": "started", **identity})
-            began = time.monotonic()
-            outcome = work()
-            seconds = round(time.monotonic() - began, 1)
-            known = {
-                "status": "done",
-                **identity,
-                "model": outcome.model,
-                "counts": dict(outcome.counts),
-                "seconds": seconds + (known or {}).get("seconds", 0),
-            }
-            if main:
-                jsonl.write_json(self._path(stage), known)
+        with hosts.together(f"stage {stage}"):
+            known = self._known(stage)
+            if known is not None:
+                self._compare(known, identity)
+            if known is None or known["status"] != "done":
+                # Only the first process of a job writes; on all of them the work is entered.
+                if hosts.is_main():
+                    jsonl.write_json(self._path(stage), {"status": "started", **identity})
+                began = time.monotonic()
+                outcome = work()
+                seconds = round(time.monotonic() - began, 1)
+                known = {
+                    "status": "done",
+                    **identity,
+                    "model": outcome.model,
+                    "counts": dict(outcome.counts),
+                    "seconds": seconds + (known or {}).get("seconds", 0),
+                }
+                hosts.barrier(f"{stage}: worked")  # done is what every process has done
+                if hosts.is_main():
+                    jsonl.write_json(self._path(stage), known)
+            hosts.barrier(f"{stage}: done")  # whoever goes on finds all files
         digest = hashlib.sha256(json.dumps([identity, known["model"]], sort_keys=True).encode())
         self._identity[stage] = digest.hexdigest()[:16]
+
+    def _known(self, stage: str) -> dict | None:
+        """The entry of a stage that was begun, the same on every process: none writes before all have read."""
+        known = self.entry(stage)
+        if known is not None and known["status"] == "started" and not self._made(known):
+            known = None  # it failed before it made anything, over its input perhaps: free to be begun otherwise
+        hosts.barrier(f"{stage}: read")
+        if known is not None and known["status"] == "removed":
+            if hosts.is_main():
+                self._remove(known)  # a redo that was killed
+            hosts.barrier(f"{stage}: removed")
+            known = None
+        return known
 
     def _made(self, entry: dict) -> bool:
         return any((self.workdir / output).exists() for output in entry["outputs"])

@@ -1,8 +1,9 @@
 """What every stage of a run needs: where things are, which models there are, and how to go on where a kill left off."""
 
 import dataclasses
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -14,13 +15,13 @@ from srlm_jax.data import world
 from srlm_jax.judge.rubric import Rubric, paper_rubric
 from srlm_jax.model import llama, weights
 from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import hosts, rules
 from srlm_jax.parallel import mesh as meshes
-from srlm_jax.parallel import rules
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.generate import ModelGenerate, open_model, stage_key
 from srlm_jax.pipeline.ledger import Ledger
 from srlm_jax.pipeline.settings import BadConfig, ModelSettings, Settings, flatten
-from srlm_jax.records import Generate
+from srlm_jax.records import Completion, Generate, Request, SamplingParams
 from srlm_jax.sampling.engine import Work
 from srlm_jax.storage import checkpoint, jsonl, rows
 from srlm_jax.text.chat import FORMATS, ChatFormat, encode_prompt
@@ -129,6 +130,11 @@ class Run:
             key=stage_key(self.settings.seed, stage),
         )
 
+    def write(self, path: epath.Path, records: Iterable[object]) -> None:
+        """Writes records that every process has made alike: by the one process that writes what is one file."""
+        if hosts.is_main():
+            jsonl.write(path, records)
+
     def in_shards(
         self,
         folder: epath.Path,
@@ -138,23 +144,49 @@ class Run:
         *,
         title: str,
         completions: Callable[[Item], int],
+        together: bool,
     ) -> list[Record]:
         """Records for all items, one file for every `shard_prompts` of them; files that are there are not redone.
 
+        The files are dealt out to the processes of the job, and each writes its own; but where `together` says that a
+        file is the work of all devices, every process works on every file and the first one writes it.
+
         `work` makes the records of some items and reports its progress. Its batches never reach over a file's end, so
-        a run that was killed computes the rest exactly as it would have.
+        a run that was killed computes the rest exactly as it would have, and so does another number of processes.
         """
         size = self.settings.shard_prompts
-        starts = range(0, len(items), size)
-        done = jsonl.shards_done(folder) if folder.exists() else frozenset()
-        with progress(title, sum(map(completions, items)), "completion") as report:
-            for index, start in enumerate(starts):
-                part = items[start : start + size]
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        done = jsonl.shards_done(folder)
+        hosts.barrier(f"{folder}: looked")  # or one that is slow would find what one that is fast has made since
+        first, step = (0, 1) if together else (jax.process_index(), jax.process_count())
+        mine = range(first, len(parts), step)
+        with progress(title, sum(sum(map(completions, parts[index])) for index in mine), "completion") as report:
+            for index in mine:
                 if index in done:
-                    report(sum(map(completions, part)), 0)
+                    report(sum(map(completions, parts[index])), 0)
                     continue
-                jsonl.write(jsonl.shard(folder, index), work(part, report))
-        return jsonl.read(folder, cls) if len(starts) else []
+                records = work(parts[index], report)
+                if hosts.is_main() or not together:
+                    jsonl.write(jsonl.shard(folder, index), records)
+        hosts.barrier(f"{folder}: written")
+        return jsonl.read(folder, cls) if parts else []
+
+
+def needs_all(generate: Generate) -> bool:
+    """Whether a source of completions is spread over the devices of several processes, which must then ask it
+    together and for the same."""
+    return isinstance(generate, ModelGenerate) and generate.mesh.is_multi_process
+
+
+def draw(generate: Generate, requests: Sequence[Request], params: SamplingParams) -> list[tuple]:
+    """As `generate`, the requests dealt out to the processes of the job; all of them get all completions."""
+    if needs_all(generate) or jax.process_count() == 1:
+        return generate(requests, params, lambda finished, tokens: None)
+    mine = generate(requests[jax.process_index() :: jax.process_count()], params, lambda finished, tokens: None)
+    plain = [[[dataclasses.asdict(c) for c in prompt] for prompt in request] for request in mine]
+    shares = [iter(json.loads(share)) for share in hosts.exchange(json.dumps(plain).encode())]
+    dealt = [next(shares[index % len(shares)]) for index in range(len(requests))]
+    return [tuple(tuple(Completion(**c) for c in prompt) for prompt in request) for request in dealt]
 
 
 @contextmanager
@@ -173,7 +205,9 @@ def naming(field: str) -> Iterator[None]:
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with time left and tokens per second; yields `report(finished units, tokens)`."""
     tokens = 0
-    with tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, file=sys.stderr) as bar:
+    with tqdm(
+        total=total, desc=title, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=not hosts.is_main()
+    ) as bar:
 
         def report(finished: int, new_tokens: int) -> None:
             nonlocal tokens
@@ -216,6 +250,7 @@ def make_run(settings: Settings, code: str) -> Run:
         encode_prompt(tokenizer, FORMATS[settings.chat], "")  # which looks up the marks
     train_mesh, sample_mesh = meshes.train_mesh(settings.mesh), meshes.sample_mesh(settings.mesh)
     _check_batches(settings, train_mesh)
+    rules.model_shardings(train_mesh, rules.TRAIN, llama.abstract(settings.model.llama))
     workdir = epath.Path(settings.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

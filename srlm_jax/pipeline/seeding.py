@@ -3,6 +3,7 @@
 from srlm_jax.data import oasst, sources, trees, world_corpus
 from srlm_jax.data.trees import SeedSplit
 from srlm_jax.judge import rubric as rubrics
+from srlm_jax.parallel import hosts
 from srlm_jax.pipeline import answering, judging
 from srlm_jax.pipeline.ledger import Outcome
 from srlm_jax.pipeline.run import Run, naming
@@ -23,9 +24,10 @@ def make_world(run: Run) -> None:
         grown = list(world_corpus.draw_trees(rules_, seed))
         seen = {tree["prompt"]["text"] for tree in grown}
         held_out = world_corpus.draw_held_out(rules_, seed, seen)
-        jsonl.write(folder / "corpus.jsonl", corpus)
-        jsonl.write_documents(folder / "trees.jsonl", grown)
-        jsonl.write(folder / "held_out.jsonl", held_out)
+        run.write(folder / "corpus.jsonl", corpus)
+        if hosts.is_main():
+            jsonl.write_documents(folder / "trees.jsonl", grown)
+        run.write(folder / "held_out.jsonl", held_out)
         return Outcome({"documents": len(corpus), "trees": len(grown), "held_out": len(held_out)}, None)
 
     run.ledger.run("world", work, config=run.config("world"), inputs=(), outputs=("world",))
@@ -52,7 +54,7 @@ def split_seed(run: Run) -> None:
             with naming("config.seed_data.rules"):
                 split, counts = trees.split_seed(export.trees, s.rules, run.settings.seed), export.counts
         for name in ("ift", "eft_train", "eft_eval"):
-            jsonl.write(run.workdir / "seed" / f"{name}.jsonl", getattr(split, name))
+            run.write(run.workdir / "seed" / f"{name}.jsonl", getattr(split, name))
         return Outcome(counts | split.counts, None)
 
     contents = run.contents(

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -13,7 +12,7 @@ from srlm_jax.data import batches
 from srlm_jax.data.batches import PairRow, Row
 from srlm_jax.model import config_files, llama, weights
 from srlm_jax.model.llama import Llama
-from srlm_jax.parallel import rules
+from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline.generate import stage_key, words_32
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, naming
@@ -58,7 +57,7 @@ def _train_stage(
     config = run.config(part, "model", "chat", "logprob_chunk", "length_multiple", "context_length")
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
     # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
-    if jax.process_index() == 0:
+    if hosts.is_main():
         shutil.rmtree(folder / "train_state", ignore_errors=True)
 
 
@@ -66,7 +65,7 @@ def _save(run: Run, name: str, model: Llama) -> str:
     """The model's checkpoint, with all that other commands need beside the weights; returns their hash."""
     folder = run.workdir / name / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
+    if hosts.is_main():
         run.tokenizer.save(folder)
     facts = {"config": checkpoint.config_facts(run.settings.model.llama)}
     if not run.embedded:
@@ -152,8 +151,8 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
         for first in range(0, len(rows), s.reference_batch):
             part = list(rows[first : first + s.reference_batch])
             batch = batches.token_batch(part + part[:1] * (s.reference_batch - len(part)), length)
-            batch = jax.device_put(jax.tree.map(jnp.asarray, batch), sharding)
-            found.append(np.asarray(_response_logprobs(model, batch, s.logprob_chunk, None))[: len(part)])
+            batch = hosts.spread(batch, sharding)
+            found.append(hosts.fetch(_response_logprobs(model, batch, s.logprob_chunk, None))[: len(part)])
         return np.concatenate(found)
 
     def work() -> Outcome:
@@ -185,6 +184,7 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
             part_work,
             title=f"{name}: reference",
             completions=lambda pair: 2,
+            together=True,
         )
         return Outcome({"pairs": len(known)}, None)
 

@@ -5,14 +5,14 @@ The engine speaks token ids: lists of ints in, lists of ints out.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from srlm_jax.model.llama import Llama
-from srlm_jax.parallel import rules
+from srlm_jax.parallel import hosts, rules
 from srlm_jax.sampling import decode as dec
 from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState
 
@@ -23,7 +23,7 @@ Ids = tuple[int, ...]
 class EngineConfig:
     """How wide and how patient the engine is; neither changes what is sampled."""
 
-    rows: int  # completions decoded at once
+    rows: int  # completions decoded at once on a process's devices, or on all where only they hold the weights
     steps: int  # tokens between two looks at which rows have ended
 
 
@@ -158,10 +158,9 @@ def _run(
     )
     prefix = None
     if layout.prefix:
-        prefix = dec.prefill_prefix(model, jnp.asarray([layout.prefix], jnp.int32))
+        prefix = dec.prefill_prefix(model, np.asarray([layout.prefix], np.int32))
         work.prefilled_tokens += len(layout.prefix)
-    state = dec.start(model, prefix, G, P, C, layout.slots, stops.shape[1], key)
-    state = jax.device_put(state, _shardings(mesh, state))
+    state = _start(model, prefix, G, P, C, layout.slots, stops.shape[1], key, mesh)
 
     queue = collections.deque(range(len(groups)))
     held: list[int | None] = [None] * G  # which group each slot works on
@@ -176,7 +175,7 @@ def _run(
                 held[slot] = group
                 tokens[slot] = [[] for _ in range(P * C)]
         state, new, owned = dec.decode(model, state, stops, decode_config)
-        new, owned, active = jax.device_get((new, owned, state.active_B))
+        new, owned, active = hosts.fetch((new, owned, state.active_B))
         finished, sampled = 0, int(owned.sum())
         work.row_steps += owned.shape[0] * int(owned.any(axis=0).sum())
         work.sampled_tokens += sampled
@@ -259,3 +258,10 @@ def _shardings(mesh: jax.sharding.Mesh, state: DecodeState) -> DecodeState:
         return rules.sharding(mesh, table, axes)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "prompts", "samples", "lengths", "stop_length", "mesh"))
+def _start(model: Llama, prefix, groups, prompts, samples, lengths, stop_length, seed, mesh) -> DecodeState:
+    """As `decode.start`, each device making its own part of the cache only."""
+    state = dec.start(model, prefix, groups, prompts, samples, lengths, stop_length, seed)
+    return jax.lax.with_sharding_constraint(state, _shardings(mesh, state))

@@ -10,10 +10,10 @@ from typing import TypeVar
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from srlm_jax.parallel import hosts
 from srlm_jax.storage import jsonl
 
 Tree = TypeVar("Tree")
@@ -56,7 +56,7 @@ def model_hash(model: object) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(model).items()):
         digest.update(f"{name} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.asarray(_checksum(leaf)).tobytes())
+        digest.update(hosts.fetch(_checksum(leaf)).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -72,7 +72,7 @@ def save_model(path: epath.PathLike, model: object, facts: Mapping[str, object])
         checkpointer.wait_until_finished()
     identity = model_hash(model)
     shapes = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in weights.items()}
-    if jax.process_index() == 0:
+    if hosts.is_main():
         jsonl.write_json(path / "manifest.json", {"hash": identity, "weights": shapes, **facts})
     return identity
 
@@ -106,6 +106,8 @@ def load_model(path: epath.PathLike, like: Tree) -> Tree:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             weights = checkpointer.restore(path / "weights", wanted)
+    except jax.errors.JaxRuntimeError:  # of the devices, or of a process that is gone
+        raise
     except Exception as error:  # Orbax and TensorStore raise many types for damaged files; the cause stays attached.
         raise BadCheckpoint(f"{path / 'weights'} cannot be read, a file is missing or damaged; {advice}") from error
     model = jax.tree.unflatten(jax.tree.structure(like), [weights[name] for name in wanted])
@@ -166,7 +168,9 @@ class TrainCheckpoints:
                     batches=grain.checkpoint.CheckpointRestore(batches),
                 ),
             )
-        except Exception as error:  # see load_model
+        except jax.errors.JaxRuntimeError:  # see load_model
+            raise
+        except Exception as error:
             raise BadCheckpoint(
                 f"{self._path} (step {step}) cannot be read; delete the folder to train this stage from its start"
             ) from error

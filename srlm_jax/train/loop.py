@@ -15,11 +15,11 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from srlm_jax.model.llama import Llama
-from srlm_jax.parallel import rules
+from srlm_jax.parallel import hosts, rules
 from srlm_jax.storage.checkpoint import TrainCheckpoints, TrainState
 from srlm_jax.train.objectives import Objective
 from srlm_jax.train.optimizer import OptimizerConfig, schedule
-from srlm_jax.train.step import make_train_step
+from srlm_jax.train.step import init_optimizer, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,14 @@ def train(
       Diverged: a loss or gradient norm is NaN or infinite; the message names the step.
     """
     train_step, tx = make_train_step(objective, config.optimizer, config.steps, config.accumulate)
-    opt_state = jax.jit(tx.init)(model)
+    opt_state = init_optimizer(tx, model, mesh)
     iterator = iter(batches)
     key = jax.random.key(seed)
     learning_rate = schedule(config.optimizer, config.steps)
     batch_sharding = rules.sharding(mesh, rules.TRAIN, ("batch",))
     folder.mkdir(parents=True, exist_ok=True)
 
-    with TrainCheckpoints(folder / "train_state") as checkpoints, contextlib.ExitStack() as opened:
+    with TrainCheckpoints(folder / "train_state") as checkpoints, contextlib.ExitStack() as opened, jax.set_mesh(mesh):
         # Start where the last run stopped, if one did.
         done = 0
         restored = checkpoints.restore(TrainState(_shapes(model), _shapes(opt_state)), iterator)
@@ -86,19 +86,27 @@ def train(
         window: list[dict[str, jax.Array]] = []  # metrics of the steps since the last log, still on the device
         tokens, since = 0, time.perf_counter()
         bar = opened.enter_context(
-            tqdm(total=config.steps, initial=done, desc=title, unit="step", dynamic_ncols=True, file=sys.stderr)
+            tqdm(
+                total=config.steps,
+                initial=done,
+                desc=title,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+                disable=not hosts.is_main(),
+            )
         )
         for step in range(done, config.steps):
             batch = next(iterator)
             tokens += _tokens(batch)
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, np.asarray(x)), batch)
+            batch = hosts.spread(batch, batch_sharding)
             model, opt_state, metrics = train_step(model, opt_state, batch, jax.random.fold_in(key, step))
             window.append(metrics)
             last = step + 1 == config.steps
             save = (step + 1) % config.checkpoint_every == 0 and not last
             # Reading metrics waits for the device, so it is done once a window; never is a step saved unread.
             if save or last or (step + 1) % config.log_every == 0:
-                means = _mean_of(jax.device_get(window), first_step=step + 1 - len(window), done=done)
+                means = _mean_of(hosts.fetch(window), first_step=step + 1 - len(window), done=done)
                 seconds = time.perf_counter() - since
                 means |= {"learning_rate": float(learning_rate(step)), "tokens_per_second": tokens / seconds}
                 metrics_log.write(step + 1, means)
@@ -115,11 +123,11 @@ def _shapes(tree):
 
 
 def _tokens(batch) -> int:
-    """Tokens of this host's part of a batch that count towards the loss or its context: all but padding."""
+    """Tokens of a batch that count towards the loss or its context: all but padding."""
     rows = [
         leaf for leaf in jax.tree.leaves(batch, is_leaf=lambda x: hasattr(x, "mask_BT")) if hasattr(leaf, "mask_BT")
     ]
-    return sum(int(np.sum((row.tokens_BT != 0) | (row.mask_BT != 0))) for row in rows) * jax.process_count()
+    return sum(int(np.sum((row.tokens_BT != 0) | (row.mask_BT != 0))) for row in rows)
 
 
 def _mean_of(window: list[dict[str, np.ndarray]], *, first_step: int, done: int) -> dict[str, float]:
@@ -137,7 +145,7 @@ class MetricsLog:
     """Training metrics as JSON Lines and as TensorBoard events. Opened at step n, it forgets what came after."""
 
     def __init__(self, folder: epath.Path, done: int):
-        self._main = jax.process_index() == 0
+        self._main = hosts.is_main()
         if not self._main:
             return
         self._path = folder / "metrics.jsonl"

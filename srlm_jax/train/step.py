@@ -8,6 +8,7 @@ import optax
 
 from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import rules
 from srlm_jax.train.objectives import Objective
 from srlm_jax.train.optimizer import OptimizerConfig, make_optimizer
 
@@ -17,7 +18,8 @@ def make_train_step(objective: Objective, optimizer: OptimizerConfig, steps: int
     """A compiled `(model, opt_state, batch, key) -> (model, opt_state, metrics)`.
 
     The batch is cut into `accumulate` microbatches whose gradients are added before the one update: the same update
-    as without cutting, in less memory. `model` and `opt_state` are donated. Metrics are means over the whole batch.
+    as without cutting, in less memory. `model` and `opt_state` are donated; under `jax.set_mesh` they stay where
+    `rules.TRAIN` has them. Metrics are means over the whole batch.
     """
     tx = make_optimizer(optimizer, steps)
 
@@ -46,6 +48,13 @@ def make_train_step(objective: Objective, optimizer: OptimizerConfig, steps: int
         updates, opt_state = tx.update(grads, opt_state, model)
         metrics = {"loss": total.loss / count, "gradient_norm": optax.tree.norm(grads)}
         metrics |= {name: value / count for name, value in total.metrics.items()}
-        return optax.apply_updates(model, updates), opt_state, metrics
+        model, opt_state = rules.keep_in_place(rules.TRAIN, (optax.apply_updates(model, updates), opt_state))
+        return model, opt_state, metrics
 
     return train_step, tx
+
+
+def init_optimizer(tx: optax.GradientTransformation, model: Llama, mesh: jax.sharding.Mesh) -> optax.OptState:
+    """The optimizer's state before the first step, each moment where its weight is: no device ever holds all of it."""
+    places = rules.model_shardings(mesh, rules.TRAIN, jax.eval_shape(tx.init, model))
+    return jax.jit(tx.init, out_shardings=places)(model)

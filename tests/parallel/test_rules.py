@@ -33,11 +33,38 @@ def test_two_axes_that_claim_one_mesh_axis_are_named():
         rules.sharding(train_mesh(MESH), rules.TRAIN, ("batch", "embed"))
 
 
-def test_a_weight_that_the_mesh_does_not_divide_is_named(tiny_config):
-    odd = llama.abstract(dataclasses.replace(tiny_config, F=25))
-    problem = r"weight .*down.* does not fit mesh .*'tensor': 2}: 25 \(mlp\) cannot be split in 2$"
-    with pytest.raises(ValueError, match=problem):
-        rules.model_shardings(train_mesh(MESH), rules.TRAIN, odd)
+@pytest.mark.parametrize(
+    ("changes", "shape", "message"),
+    [
+        ({}, (1, 2, 4), "mesh.tensor is 4, which does not divide axis 'kv_heads' of size 2 .* can be 1 or 2 for"),
+        ({"V": 39}, (1, 4, 2), "mesh.tensor is 2, which does not divide axis 'vocab' of size 39 .* can be 1 for"),
+        (
+            {"F": 25},
+            (2, 2, 2),
+            r"mesh.tensor is 2, .* 'mlp' of size 25 of weight .*down \(2, 25, 16\): of 8 devices, .* can be 1 for",
+        ),
+        ({"D": 12}, (1, 8, 1), "mesh.fsdp is 8, which does not divide axis 'embed' of size 12 .* can be 1 or 2 or 4"),
+    ],
+    ids=["KV heads", "an odd vocabulary", "MLP", "width"],
+)
+def test_an_axis_that_the_mesh_does_not_divide_is_told_with_the_sizes_that_work(tiny_config, changes, shape, message):
+    odd = llama.abstract(dataclasses.replace(tiny_config, **changes))
+    data, fsdp, tensor = shape
+    mesh = train_mesh(MeshShape(data=data, fsdp=fsdp, tensor=tensor))
+    with pytest.raises(ValueError, match=rf"^config\.{message}"):
+        rules.model_shardings(mesh, rules.TRAIN, odd)
+
+
+def test_the_sizes_that_are_said_to_work_do_and_no_others(tiny_config):
+    model, works = llama.abstract(tiny_config), []
+    for size in (1, 2, 4, 8):
+        mesh = train_mesh(MeshShape(data=8 // size, fsdp=1, tensor=size))
+        try:
+            rules.model_shardings(mesh, rules.TRAIN, model)
+            works.append(size)
+        except ValueError as error:
+            refusal = str(error)
+    assert f"can be {' or '.join(map(str, works))} for this model" in refusal
 
 
 def test_every_weight_of_every_preset_has_a_place():

@@ -95,7 +95,7 @@ def double(run, folder, items, seen, die_at=None):
         report(len(part), 1)
         return [Prompt(id=str(item), text="x" * item, origin="seed") for item in part]
 
-    return run.in_shards(folder, items, Prompt, work, title="", completions=lambda item: 1)
+    return run.in_shards(folder, items, Prompt, work, title="", completions=lambda item: 1, together=False)
 
 
 def test_shards_that_are_there_are_not_made_again(tmp_path):

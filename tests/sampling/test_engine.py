@@ -232,19 +232,30 @@ def test_buckets_are_few_and_waste_little():
     assert all(n <= bucket(n) <= max(8, 1.5 * n) for n in range(1, 4097))
 
 
-# The same on many devices.
+# The same on many devices: what data x fsdp x tensor leaves for sampling, for every way to split eight of them.
 
 
-def test_rows_and_heads_split_over_8_devices_change_no_sample(tiny_llama, drawn):
-    groups, wanted = drawn
-    mesh = sample_mesh(MeshShape(data=2, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 4, "tensor": 2}
-    model = jax.device_put(tiny_llama, rules.model_shardings(mesh, rules.SAMPLE, tiny_llama))
+@pytest.fixture(scope="module")
+def divisible(make_llama, one_device):
+    """A Llama whose heads eight devices divide, a tree, and its greedy and random samples on one device."""
+    model, groups = make_llama(N=8, K=8, L=1), tree(5, prompts=(1, 3))
+
+    def run(model, mesh):
+        draws = (GREEDY, RANDOM)
+        settings = {"key": jax.random.key(0), "config": NARROW, "report": lambda finished, sampled: None}
+        return [sample(model, groups, draw, mesh=mesh, work=Work(), **settings) for draw in draws]
+
+    return model, run, run(model, one_device("data", "tensor"))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+def test_rows_and_heads_split_over_8_devices_change_no_sample(divisible, tensor):
+    model, run, wanted = divisible
+    mesh = sample_mesh(MeshShape(data=1, fsdp=-1, tensor=tensor))
+    assert dict(mesh.shape) == {"data": 8 // tensor, "tensor": tensor}
+    model = jax.device_put(model, rules.model_shardings(mesh, rules.SAMPLE, model))
     assert len(model.blocks.q[...].sharding.device_set) == 8
-    found = sample(
-        model, groups, RANDOM, key=jax.random.key(0), config=NARROW, mesh=mesh, report=lambda a, b: None, work=Work()
-    )
-    assert found == wanted
+    assert run(model, mesh) == wanted
 
 
 # What it refuses.

@@ -1,5 +1,8 @@
 """One update is the same however it is cut into microbatches and over devices."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,9 @@ import pytest
 from srlm_jax.data.batches import PairBatch, Row, token_batch
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, train_mesh
-from srlm_jax.train.objectives import DpoObjective, SftObjective
+from srlm_jax.train.objectives import DpoObjective, SftObjective, response_logprobs
 from srlm_jax.train.optimizer import OptimizerConfig
-from srlm_jax.train.step import make_train_step
+from srlm_jax.train.step import init_optimizer, make_train_step
 
 # A large eps makes AdamW's first step nearly proportional to the gradient, so that an error in it cannot hide.
 OPTIMIZER = OptimizerConfig(
@@ -84,6 +87,48 @@ def test_every_microbatch_draws_its_own_dropout(tiny_llama):
     assert abs(losses[0] - losses[1]) > 1e-2
 
 
+# The same on many devices.
+
+
+@pytest.fixture(scope="module")
+def divisible_llama(make_llama):
+    """A Llama whose every axis eight devices divide."""
+    return make_llama(N=8, K=8, L=1)
+
+
+@jax.jit
+def losses_and_gradients(model, sft, dpo):
+    """Of both objectives, and the log-probabilities of the rows: one program for each way to split the devices."""
+    loss = lambda model, objective, batch: objective(model, batch, jax.random.key(0)).loss
+    found = [jax.value_and_grad(loss)(model, objective, batch) for objective, batch in ((SFT, sft), (DPO, dpo))]
+    return *found, response_logprobs(model, sft, 4, None)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(divisible_llama):
+    return losses_and_gradients(divisible_llama, BATCHES[SFT], BATCHES[DPO])
+
+
+def shapes(devices):
+    """Every data x fsdp x tensor that makes so many devices."""
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    return [shape for shape in itertools.product(sizes, repeat=3) if math.prod(shape) == devices]
+
+
+@pytest.mark.parametrize("shape", shapes(8), ids=str)
+def test_losses_gradients_and_log_probabilities_are_the_same_on_8_devices_split_any_way(
+    divisible_llama, on_one_device, shape
+):
+    data, fsdp, tensor = shape
+    mesh = train_mesh(MeshShape(data=data, fsdp=fsdp, tensor=tensor))
+    model = jax.device_put(divisible_llama, rules.model_shardings(mesh, rules.TRAIN, divisible_llama))
+    assert model.blocks.gate[...].sharding.shard_shape((1, 16, 24)) == (1, 16 // fsdp, 24 // tensor)
+    sharding = rules.sharding(mesh, rules.TRAIN, ("batch",))
+    sft, dpo = (jax.device_put(BATCHES[objective], sharding) for objective in (SFT, DPO))
+    assert sft.tokens_BT.sharding.shard_shape((8, 12)) == (8 // (data * fsdp), 12)
+    assert_same(losses_and_gradients(model, sft, dpo), on_one_device)
+
+
 @pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
 def test_weights_and_rows_split_over_8_devices_give_the_same_update(tiny_llama, whole, objective):
     mesh = train_mesh(MeshShape(data=2, fsdp=2, tensor=2))
@@ -93,3 +138,27 @@ def test_weights_and_rows_split_over_8_devices_give_the_same_update(tiny_llama, 
     found, metrics = update(model, objective, 2, batch)
     assert found.blocks.gate[...].sharding.is_equivalent_to(model.blocks.gate[...].sharding, 3)
     assert_same((found, metrics), whole[objective])
+
+
+def test_an_optimizers_moments_live_where_their_weights_do(divisible_llama, caplog):
+    # Otherwise one device would hold all of them until the first step is done, and the second be compiled anew.
+    mesh = train_mesh(MeshShape(data=2, fsdp=2, tensor=2))
+    model = jax.device_put(divisible_llama, rules.model_shardings(mesh, rules.TRAIN, divisible_llama))
+    train_step, tx = make_train_step(SFT, OPTIMIZER, 10, 1)
+    batch = jax.device_put(BATCHES[SFT], rules.sharding(mesh, rules.TRAIN, ("batch",)))
+    state = init_optimizer(tx, model, mesh)
+
+    def assert_in_place(trained, state):
+        wanted = jax.tree.leaves(rules.model_shardings(mesh, rules.TRAIN, (trained, state)))
+        for leaf, place in zip(jax.tree.leaves((trained, state)), wanted, strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+    assert_in_place(model, state)
+    held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state))
+    assert held < 0.6 * sum(leaf.size for leaf in jax.tree.leaves(model))  # of two moments a fourth, but for the norms
+    model = jax.tree.map(jnp.copy, model)
+    with jax.set_mesh(mesh), jax.log_compiles():
+        for _ in range(2):
+            model, state, _ = train_step(model, state, batch, jax.random.key(0))
+            assert_in_place(model, state)
+    assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1

@@ -1,0 +1,63 @@
+"""Two processes of one device each: what crosses between them, and what becomes of one without the other."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def both(what):
+    """Both processes' (exit status, JSON that they print, what else they say)."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), address]
+    job = [
+        subprocess.Popen(
+            [*command, str(number), what],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in job]
+    return [
+        (process.returncode, json.loads(out.splitlines()[-1]) if process.returncode == 0 else None, errors)
+        for process, (out, errors) in zip(job, said, strict=True)
+    ]
+
+
+def test_values_cross_between_processes():
+    found = [values for _, values, errors in both("values") if values is not None or pytest.fail(errors)]
+    rows = [[0, 2], [4, 6], [8, 10], [12, 14]]
+    for number, values in enumerate(found):
+        assert values == {
+            "main": number == 0, "fetched": rows, "summed": 28, "own": number, "exchanged": ["of 0", "of 11"],
+            "nothing": ["", "x"], "sampling for itself": [number],
+        }  # fmt: skip
+
+
+def test_a_model_that_is_split_over_processes_samples_as_one_that_is_not(one_device):
+    from split_model import draw, model
+
+    wanted = draw(model(), one_device("data", "tensor"))
+    for status, samples, errors in both("samples"):
+        assert status == 0, errors
+        assert samples == wanted
+
+
+def test_processes_that_wait_for_different_things_are_told():
+    for status, _, errors in both("other_barrier"):
+        assert status != 0
+        assert "name mismatch ('of process" in errors
+
+
+def test_a_process_whose_other_is_gone_says_so():
+    (status, _, errors), (other, _, _) = both("lost")
+    assert other == -9 and status != 0
+    assert "stage m2/pairs: process 0 of 2 cannot go on with the others" in errors or "another task died" in errors

@@ -1,0 +1,35 @@
+"""One process of a job on this machine: HOST:PORT PROCESSES NUMBER TIMEOUT_S WORKDIR [FIELD=VALUE ...].
+
+It runs the main command at the smoke scale up to M3, as `srlm_jax.main` does.
+"""
+
+import ast
+import sys
+
+import jax
+from absl import logging
+
+from configs.base import get_config
+from srlm_jax.pipeline.command import FAILURES, run_command
+
+
+def main(address, processes, number, timeout, workdir, *changes):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        address, int(processes), int(number),
+        heartbeat_timeout_seconds=int(timeout), shutdown_timeout_seconds=int(timeout),
+    )  # fmt: skip
+    logging.set_verbosity(logging.ERROR)
+    config = get_config("smoke", 3)
+    config.workdir = workdir
+    for change in changes:
+        name, _, value = change.partition("=")
+        config.update_from_flattened_dict({name: ast.literal_eval(value)})
+    try:
+        run_command(config.to_dict(), None)
+    except FAILURES as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,160 @@
+"""Two processes do what one does, and go on together or not at all.
+
+One job of each kind is made and kept; what kills something works on a copy.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from srlm_jax.storage import jsonl
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 20  # after which a process that is silent counts as gone
+CLOCK = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """`start(workdir, processes)`: eight devices, shared by so many processes, which make all models up to M3."""
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+    def start(workdir, processes):
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": compiled,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        command = [sys.executable, str(Path(__file__).with_name("one_of_several.py")), address, str(processes)]
+        return [
+            subprocess.Popen(
+                [*command, str(number), str(TIMEOUT_S), str(workdir)], cwd=ROOT, env=environment,
+                stdout=subprocess.DEVNULL, stderr=(workdir.parent / f"{workdir.name}.{number}.log").open("w"),
+            )
+            for number in range(processes)
+        ]  # fmt: skip
+
+    return start
+
+
+def said(workdir, number):
+    return (workdir.parent / f"{workdir.name}.{number}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """As `start`, to the end, which must be a good one."""
+
+    def run(workdir, processes):
+        job = start(workdir, processes)
+        ends = [process.wait(timeout=1_800) for process in job]
+        assert ends == [0] * processes, "\n".join(said(workdir, number) for number in range(processes))
+        return workdir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one(run, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one") / "run", 1)
+
+
+@pytest.fixture(scope="module")
+def two(run, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two") / "run", 2)
+
+
+def records(workdir):
+    """The bytes of every file of records, by name, but for those that hold computed floats."""
+    names = {path: path.relative_to(workdir) for path in workdir.rglob("*.jsonl")}
+    computed = {"metrics.jsonl", "reference"}
+    return {str(name): path.read_bytes() for path, name in names.items() if not computed & {*name.parts}}
+
+
+def numbers(workdir):
+    """(name, line, field) -> value, of the losses and of the reference's log-probabilities."""
+    found = {}
+    for path in [*workdir.rglob("metrics.jsonl"), *workdir.rglob("reference/*.jsonl")]:
+        for at, line in enumerate(path.read_text().splitlines()):
+            fields = {key: value for key, value in json.loads(line).items() if isinstance(value, int | float)}
+            found |= {(str(path.relative_to(workdir)), at, key): x for key, x in fields.items() if key not in CLOCK}
+    return found
+
+
+def assert_same(workdir, wanted):
+    assert records(workdir).keys() == records(wanted).keys()
+    assert [name for name, data in records(workdir).items() if data != records(wanted)[name]] == []
+    found, expected = numbers(workdir), numbers(wanted)
+    assert found.keys() == expected.keys()
+    for place, value in expected.items():
+        np.testing.assert_allclose(found[place], value, rtol=1e-3, atol=1e-4, err_msg=str(place))
+
+
+def test_two_processes_draw_judge_and_pair_as_one_does(one, two):
+    assert {f"{name}/{stage}/00000.jsonl" for name in ("m2", "m3") for stage in ("prompts", "responses", "pairs")} <= (
+        records(two).keys()
+    )
+    assert_same(two, one)
+    assert jsonl.read_json(two / "results.json") == jsonl.read_json(one / "results.json")
+
+
+def begun(workdir, stage):
+    """Whether a stage is being worked on, and a training has saved its state once."""
+    entry = workdir / "ledger" / f"{stage.replace('/', '.')}.json"
+    if not entry.exists() or json.loads(entry.read_text())["status"] != "started":
+        return False
+    return not stage.endswith("/train") or (workdir / stage.partition("/")[0] / "train_state" / "10").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "outputs", "killed"),
+    [
+        ("m3/prompts", ("m3/prompts", "m3/candidates"), 1),
+        ("m3/judgements", ("m3/judgements",), 1),
+        ("m3/judgements", ("m3/judgements",), 0),
+        ("m3/reference", ("m3/reference",), 1),
+        ("m3/train", ("m3/checkpoint", "m3/metrics.jsonl", "m3/tensorboard"), 1),
+        ("m3/train", ("m3/checkpoint", "m3/metrics.jsonl", "m3/tensorboard"), 0),
+    ],
+)
+def test_a_process_that_is_killed_stops_the_other_and_both_go_on_when_started_again(
+    two, start, run, tmp_path, stage, outputs, killed
+):
+    workdir = Path(shutil.copytree(two, tmp_path / "run"))
+    (workdir / "ledger" / f"{stage.replace('/', '.')}.json").unlink()
+    for output in outputs:
+        path = workdir / output
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    job = start(workdir, 2)
+    while not begun(workdir, stage) and all(process.poll() is None for process in job):
+        time.sleep(0.01)
+    job[killed].send_signal(signal.SIGKILL)
+    other = job[1 - killed]
+    # Not how fast it is, but that it ends at all: twice its own patience, and time to end in.
+    status = other.wait(timeout=2 * TIMEOUT_S + 60)
+    assert job[killed].wait() == -signal.SIGKILL
+    assert status != 0
+    last = said(workdir, 1 - killed)
+    assert f"error: stage {stage}: process {1 - killed} of 2 cannot go on with the others" in last or (
+        "another task died" in last or "coordination service" in last.lower()
+    ), last
+    assert json.loads((workdir / "ledger" / f"{stage.replace('/', '.')}.json").read_text())["status"] == "started"
+
+    run(workdir, 2)
+    assert_same(workdir, two)
