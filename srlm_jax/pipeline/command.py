@@ -52,7 +52,7 @@ def run_command(config: Mapping, redo: str | None) -> None:
     Raises any of FAILURES; what was done until then stays, and the same command goes on from there.
     """
     settings = read(config)
-    mesh.start(settings.coordinator)
+    mesh.start(settings.coordinator, settings.processes, settings.process, settings.start_timeout_s)
     run = make_run(settings, srlm_jax.__version__)
     if not run.embedded:
         print(_introduced(run))
