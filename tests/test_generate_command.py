@@ -81,7 +81,10 @@ def test_weights_that_devices_share_give_the_same_answers(folder, monkeypatch):
     ("tensor", "problem"),
     [
         (3, "--tensor=3 does not divide the 8 devices"),
-        (4, "weight .blocks.k of shape (2, 16, 2, 8) does not fit mesh {'data': 2, 'tensor': 4}: 2 (kv_heads) cannot"),
+        (
+            4,
+            "tensor is 4, which does not divide axis 'kv_heads' of size 2 of weight .blocks.k (2, 16, 2, 8): of 8 devices",
+        ),
     ],
 )
 def test_weights_that_devices_cannot_share_evenly_are_named(folder, tensor, problem):

@@ -1,9 +1,15 @@
 """Device meshes: which devices hold what, and how several hosts start as one."""
 
 import dataclasses
+import os
+import socket
+import sys
+import threading
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,6 +19,10 @@ class MeshShape:
     data: groups of devices that hold whole copies of the weights (across slices). fsdp: devices that share one copy
     and gather weights as they need them. tensor: devices that split each matrix product. Sampling uses `data` and
     `tensor` alone: there the devices of `fsdp` count as `data`. fsdp = -1 takes all devices that are left.
+
+    Where TPUs form several slices, `data` is a multiple of their number, and no group reaches over two: the network
+    between slices carries gradients, once a step, never weights. Nodes of GPUs have no such rule: their devices stand
+    in order, so that `tensor`, and then `fsdp`, lie within a node where they fit.
     """
 
     data: int
@@ -20,15 +30,98 @@ class MeshShape:
     tensor: int
 
 
-def start(coordinator: str | None) -> None:
-    """Joins this host to the others of the job, before any other JAX call. None: one host, nothing to join."""
-    if coordinator is not None:
-        jax.distributed.initialize(None if coordinator == "auto" else coordinator)
+def start(coordinator: str | None, processes: int | None, process: int | None, timeout_s: int) -> None:
+    """Joins this process to the others of the job, before any other JAX call.
+
+    A process whose others do not come within `timeout_s` says so in a line and exits with status 1: what waits for
+    them heeds no exception, and ends by a crash of its own.
+
+    Args:
+      coordinator: None: this process is the whole job. "auto": the TPU slices, Slurm or Open MPI that it runs under
+        say who the others are. "HOST:PORT": process 0 runs on HOST, and PORT is free there.
+      processes: with an address, how many processes the job has.
+      process: with an address, which of them this is, from 0.
+      timeout_s: how long to wait, in seconds.
+
+    Raises:
+      ValueError: the address, the number or the other does not fit; nothing is there that "auto" knows.
+      OSError: process 0's port is taken, or the others cannot be asked.
+    """
+    who = f"config.coordinator is {coordinator}"
+    if coordinator in (None, "auto"):
+        if processes is not None or process is not None:
+            raise ValueError(f"{who}: config.processes and config.process belong to an address, HOST:PORT of process 0")
+        if coordinator is None:
+            return
+        join = {}
+    else:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"{who}: give HOST:PORT of process 0, or auto on TPU slices and under Slurm")
+        if processes is None or process is None or not 0 <= process < processes:
+            raise ValueError(
+                f"{who}: config.processes, which is {processes}, must say how many processes the job has, and "
+                f"config.process, which is {process}, which of them this is, from 0"
+            )
+        if process == 0:
+            _check_free(who, int(port))
+        # Without the last, Slurm would be asked for what is not given here, and leave a process one GPU of all.
+        join = {"num_processes": processes, "process_id": process, "cluster_detection_method": "deactivate"}
+        join["coordinator_address"] = coordinator
+    watch = threading.Timer(timeout_s, _give_up, [who, timeout_s])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(initialization_timeout=timeout_s + 60, **join)  # later than the watch
+    except ValueError as error:  # of auto: it found nobody to ask
+        raise ValueError(
+            f"{who}, and this is no host of a TPU slice, no step of Slurm (srun) and no process of Open MPI: give the "
+            "address of process 0, config.processes and config.process"
+        ) from error
+    except RuntimeError as error:
+        raise ConnectionError(f"{who}: {str(error).splitlines()[0]}") from error
+    finally:
+        watch.cancel()
 
 
-def _make(sizes: dict[str, int], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+def _check_free(who: str, port: int) -> None:
+    """A port that is taken crashes jax."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise OSError(f"{who}: process 0 cannot have port {port} here ({error.strerror}); choose another") from error
+
+
+def _give_up(who: str, timeout_s: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(
+        f"error: {who}: the others did not join within {timeout_s} seconds (config.start_timeout_s); is every process "
+        "started, with this address and a number of its own, process 0 on that host, and can all reach its port?\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def arrange(shape: MeshShape, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as [data, fsdp, tensor]: neighbours where they exchange most.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices, or do not fit the slices.
+    """
+    shape = resolve(shape, len(devices))
+    sizes = (shape.data, shape.fsdp, shape.tensor)
+    # GPUs have a slice_index too, one a node; see MeshShape.
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # A shape that does not follow the torus is slower, and still better than none.
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if shape.data % slices:
+        raise ValueError(
+            f"mesh.data is {shape.data}, and the devices form {slices} slices, each with whole copies of the weights: "
+            f"make mesh.data {slices}, or a multiple"
+        )
+    within, across = (shape.data // slices, *sizes[1:]), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def resolve(shape: MeshShape, devices: int) -> MeshShape:
@@ -50,13 +143,17 @@ def resolve(shape: MeshShape, devices: int) -> MeshShape:
 
 def train_mesh(shape: MeshShape) -> jax.sharding.Mesh:
     """The mesh for training: axes data, fsdp, tensor."""
-    shape = resolve(shape, jax.device_count())
-    return _make({"data": shape.data, "fsdp": shape.fsdp, "tensor": shape.tensor}, jax.devices())
+    return _make(arrange(shape, jax.devices()), ("data", "fsdp", "tensor"))
 
 
 def sample_mesh(shape: MeshShape) -> jax.sharding.Mesh:
-    """The mesh for sampling: axes data, tensor. Over this process's own devices where they hold a copy of the weights
-    (`tensor` divides their number), so that each process samples for itself; else over the devices of all."""
-    shape = resolve(shape, jax.device_count())
-    devices = jax.local_devices() if jax.local_device_count() % shape.tensor == 0 else jax.devices()
-    return _make({"data": len(devices) // shape.tensor, "tensor": shape.tensor}, devices)
+    """The mesh for sampling: axes data, tensor. Of several processes each has its own devices where they hold a copy of
+    the weights (`tensor` divides their number), and samples for itself; else all share the devices of all, in the order
+    of the mesh for training."""
+    local = jax.local_device_count()
+    if jax.process_count() > 1 and local % shape.tensor == 0:
+        alone = MeshShape(data=local // shape.tensor, fsdp=1, tensor=shape.tensor)
+        devices = arrange(alone, jax.local_devices())
+    else:
+        devices = arrange(shape, jax.devices())
+    return _make(devices.reshape(-1, devices.shape[-1]), ("data", "tensor"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import jax
 from etils import epath
 
 import srlm_jax
@@ -52,18 +53,22 @@ def run_command(config: Mapping, redo: str | None) -> None:
     Raises any of FAILURES; what was done until then stays, and the same command goes on from there.
     """
     settings = read(config)
-    mesh.start(settings.coordinator)
+    mesh.start(settings.coordinator, settings.processes, settings.process, settings.start_timeout_s)
     run = make_run(settings, srlm_jax.__version__)
-    if not run.embedded:
+    tells = jax.process_index() == 0  # one process speaks for all, and writes what is one file
+    if tells and not run.embedded:
         print(_introduced(run))
     if redo is not None:
-        print(f"removed: {', '.join(run.ledger.redo(redo))}")
+        removed = run.ledger.redo(redo)
+        if tells:
+            print(f"removed: {', '.join(removed)}")
     names = self_reward(run)
-    results = collect_results(run.workdir, names)
-    jsonl.write_json(run.workdir / "results.json", results)
-    write_report(run.workdir, tuple(results))
-    print("\n" + results_table(results))
-    print(f"\n{run.workdir / 'results.json'}\n{run.workdir / 'report.html'}")
+    if tells:
+        results = collect_results(run.workdir, names)
+        jsonl.write_json(run.workdir / "results.json", results)
+        write_report(run.workdir, tuple(results))
+        print("\n" + results_table(results))
+        print(f"\n{run.workdir / 'results.json'}\n{run.workdir / 'report.html'}")
 
 
 def _introduced(run: Run) -> str:

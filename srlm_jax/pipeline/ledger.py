@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
+from jax.experimental import multihost_utils
 
 from srlm_jax.parallel import hosts
 from srlm_jax.storage import jsonl
@@ -145,7 +146,8 @@ class Ledger:
             )
 
     def redo(self, stage: str) -> list[str]:
-        """Removes a stage and every stage that depends on it, with their files; returns their names.
+        """Removes a stage and every stage that depends on it, with their files; returns their names. All processes of a
+        job call it, and the first one removes.
 
         Raises:
           ValueError: the workdir has no such stage; the message lists those it has.
@@ -159,12 +161,15 @@ class Ledger:
         stale = {stage}
         while grown := {name for name, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
             stale |= grown
-        # Marked first: killed from here on, no stage is taken for done, or for started, with half of its files. The
-        # stage itself goes last, so that the same command can be given again.
-        for name in stale:
-            jsonl.write_json(self._path(name), {**entries[name], "status": "removed"})
-        for name in sorted(stale, key=lambda name: (name == stage, name)):
-            self._remove(entries[name])
+        multihost_utils.sync_global_devices("redo: every process has read what there is")
+        if jax.process_index() == 0:
+            # Marked first: killed from here on, no stage is taken for done, or for started, with half of its files. The
+            # stage itself goes last, so that the same command can be given again.
+            for name in stale:
+                jsonl.write_json(self._path(name), {**entries[name], "status": "removed"})
+            for name in sorted(stale, key=lambda name: (name == stage, name)):
+                self._remove(entries[name])
+        multihost_utils.sync_global_devices("redo: nothing is left")
         return sorted(stale)
 
     def _remove(self, entry: dict) -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from srlm_jax.data import world
@@ -253,10 +254,7 @@ def make_run(settings: Settings, code: str) -> Run:
     rules.model_shardings(train_mesh, rules.TRAIN, llama.abstract(settings.model.llama))
     workdir = epath.Path(settings.workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        _open(workdir)
     except OSError as error:
         raise PermissionError(f"config.workdir {workdir} cannot be written ({error}); choose another folder") from error
     return Run(
@@ -268,6 +266,22 @@ def make_run(settings: Settings, code: str) -> Run:
         train_mesh=train_mesh,
         sample_mesh=sample_mesh,
     )
+
+
+def _open(workdir: epath.Path) -> None:
+    """Makes the folder; each process of a job leaves a file there for a moment and looks for those of the others."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    probes = [workdir / f".writable-{process}" for process in range(jax.process_count())]
+    probes[jax.process_index()].write_text("")
+    multihost_utils.sync_global_devices("workdir: every process has written")
+    missing = [process for process, probe in enumerate(probes) if not probe.exists()]
+    multihost_utils.sync_global_devices("workdir: every process has looked")
+    probes[jax.process_index()].unlink()
+    if missing:
+        raise BadConfig(
+            f"config.workdir {workdir} is not one folder for all processes: process {jax.process_index()} does not see "
+            f"what process {missing[0]} writes there; choose one that all hosts share"
+        )
 
 
 def _check_batches(settings: Settings, mesh: jax.sharding.Mesh) -> None:

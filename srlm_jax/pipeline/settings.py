@@ -131,7 +131,10 @@ class Settings:
     seed: int
     workdir: str
     models: int  # the last model to make: 1 stops at M1, 3 at M3
-    coordinator: str | None  # address for a job of several hosts; "auto" where the platform knows it
+    coordinator: str | None  # of a job of several processes: HOST:PORT of process 0, or "auto"; see `mesh.start`
+    processes: int | None  # with an address: how many there are
+    process: int | None  # with an address: which of them this is, from 0
+    start_timeout_s: int  # how long a process waits for the others to start
     context_length: int  # tokens that the model may see at once
     max_prompt_tokens: int  # of an instruction
     shard_prompts: int  # prompts between two files that a killed run keeps
