@@ -157,3 +157,7 @@ def sample_mesh(shape: MeshShape) -> jax.sharding.Mesh:
     else:
         devices = arrange(shape, jax.devices())
     return _make(devices.reshape(-1, devices.shape[-1]), ("data", "tensor"))
+
+
+def _make(devices: np.ndarray, axes: tuple[str, ...]) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(devices, axes, axis_types=(jax.sharding.AxisType.Auto,) * len(axes))

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-import jax
 from etils import epath
 
 import srlm_jax
 from srlm_jax.model import config_files
-from srlm_jax.parallel import mesh
+from srlm_jax.parallel import hosts, mesh
 from srlm_jax.pipeline.endpoint import EndpointError
 from srlm_jax.pipeline.iteration import self_reward
 from srlm_jax.pipeline.ledger import EmptyStage, StaleStage
@@ -55,7 +54,7 @@ def run_command(config: Mapping, redo: str | None) -> None:
     settings = read(config)
     mesh.start(settings.coordinator, settings.processes, settings.process, settings.start_timeout_s)
     run = make_run(settings, srlm_jax.__version__)
-    tells = jax.process_index() == 0  # one process speaks for all, and writes what is one file
+    tells = hosts.is_main()  # one process speaks for all, and writes what is one file
     if tells and not run.embedded:
         print(_introduced(run))
     if redo is not None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
-from jax.experimental import multihost_utils
 
 from srlm_jax.parallel import hosts
 from srlm_jax.storage import jsonl
@@ -161,15 +160,15 @@ class Ledger:
         stale = {stage}
         while grown := {name for name, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
             stale |= grown
-        multihost_utils.sync_global_devices("redo: every process has read what there is")
-        if jax.process_index() == 0:
+        hosts.barrier("redo: every process has read what there is")
+        if hosts.is_main():
             # Marked first: killed from here on, no stage is taken for done, or for started, with half of its files. The
             # stage itself goes last, so that the same command can be given again.
             for name in stale:
                 jsonl.write_json(self._path(name), {**entries[name], "status": "removed"})
             for name in sorted(stale, key=lambda name: (name == stage, name)):
                 self._remove(entries[name])
-        multihost_utils.sync_global_devices("redo: nothing is left")
+        hosts.barrier("redo: nothing is left")
         return sorted(stale)
 
     def _remove(self, entry: dict) -> None:

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from srlm_jax.data import world
@@ -273,9 +272,9 @@ def _open(workdir: epath.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     probes = [workdir / f".writable-{process}" for process in range(jax.process_count())]
     probes[jax.process_index()].write_text("")
-    multihost_utils.sync_global_devices("workdir: every process has written")
+    hosts.barrier("workdir: every process has written")
     missing = [process for process, probe in enumerate(probes) if not probe.exists()]
-    multihost_utils.sync_global_devices("workdir: every process has looked")
+    hosts.barrier("workdir: every process has looked")
     probes[jax.process_index()].unlink()
     if missing:
         raise BadConfig(
