@@ -91,6 +91,8 @@ def _padded(row: Row, length: int) -> dict[str, np.ndarray]:
 
 def _shuffled(rows: Sequence, seed: int) -> grain.MapDataset:
     """The rows in a new random order each epoch, without end."""
+    if not rows:
+        raise ValueError("there are no rows to train on")
     return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from srlm_jax.data import sources
-from srlm_jax.model import weights
-from srlm_jax.parallel import hosts
+from srlm_jax.model import llama, weights
+from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, draw, naming, needs_all, progress
@@ -53,7 +53,8 @@ def check_writer(run: Run) -> None:
             raise BadConfig(
                 f"{writer!r} is neither 'current', nor a model that every round finds (m0, sft, m1), nor a folder"
             )
-        weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat=False)
+        sizes = weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat=False)
+        rules.model_shardings(run.sample_mesh, rules.SAMPLE, llama.abstract(sizes))
         load_tokenizer(writer)
 
 

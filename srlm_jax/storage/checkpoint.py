@@ -145,7 +145,8 @@ class TrainCheckpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(tree),
-                batches=grain.checkpoint.CheckpointSave(batches),
+                # One for all processes, who draw the same batches: another number of them can go on from it.
+                batches=ocp.args.JsonSave(batches.get_state()),
             ),
         )
 
@@ -165,9 +166,10 @@ class TrainCheckpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(wanted),
-                    batches=grain.checkpoint.CheckpointRestore(batches),
+                    batches=ocp.args.JsonRestore(),
                 ),
             )
+            batches.set_state(restored["batches"])
         except jax.errors.JaxRuntimeError:  # see load_model
             raise
         except Exception as error:

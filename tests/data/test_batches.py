@@ -142,6 +142,15 @@ def take(iterator, count):
 
 
 @pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_every_process_of_a_job_draws_the_batches_that_one_alone_would(monkeypatch, make):
+    wanted = take(iter(make(0)), 5)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for number in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        assert take(iter(make(0)), 5) == wanted
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
 def test_a_restored_iterator_goes_on_with_the_batch_that_would_have_come_next(make):
     iterator = iter(make(0))
     take(iterator, 5)  # past the end of an epoch, and in the middle of a row's batch
@@ -177,5 +186,5 @@ def test_the_two_answers_of_a_pair_and_their_reference_stay_together():
 
 
 def test_no_rows_are_refused():
-    with pytest.raises(ValueError, match="0 training rows cannot be shared among 1 hosts"):
+    with pytest.raises(ValueError, match="there are no rows to train on"):
         padded_batches([], 8, 3, seed=0)

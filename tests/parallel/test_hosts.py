@@ -57,7 +57,21 @@ def test_processes_that_wait_for_different_things_are_told():
         assert "name mismatch ('of process" in errors
 
 
+def says_that_the_other_is_gone(status, errors):
+    """It notices by a connection that breaks, and says so itself, or by the other's silence, and JAX ends it."""
+    last = [line for line in errors.splitlines() if line.startswith("error: ") or "another task died" in line]
+    if last and last[-1].startswith("error: "):
+        return status == 1 and "stage m2/pairs: process 0 of 2 cannot go on with the others (" in last[-1]
+    return status != 0 and bool(last)
+
+
 def test_a_process_whose_other_is_gone_says_so():
     (status, _, errors), (other, _, _) = both("lost")
-    assert other == -9 and status != 0
-    assert "stage m2/pairs: process 0 of 2 cannot go on with the others" in errors or "another task died" in errors
+    assert other == -9
+    assert says_that_the_other_is_gone(status, errors), errors
+
+
+def test_a_process_that_gives_up_does_not_keep_the_other_waiting():
+    (status, _, errors), (other, _, own) = both("failed")
+    assert (other, own.splitlines()[-1]) == (1, "error: no room on the disk")
+    assert says_that_the_other_is_gone(status, errors), errors

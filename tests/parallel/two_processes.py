@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 
 import jax
 import numpy as np
@@ -54,13 +53,33 @@ def lost():
     hosts.barrier("both are here")
     if jax.process_index() == 1:
         os.kill(os.getpid(), 9)
-    time.sleep(1)
-    with hosts.together("stage m2/pairs"):
-        hosts.barrier("never")
+    wait()
+
+
+def wait():
+    try:
+        with hosts.together("stage m2/pairs"):
+            hosts.barrier("never")
+    except hosts.ProcessLost as error:
+        hosts.leave(f"error: {error}")
+
+
+def failed():
+    """The second process gives up while the first waits for it."""
+    hosts.barrier("both are here")
+    if jax.process_index() == 1:
+        hosts.leave("error: no room on the disk")
+    wait()
 
 
 if __name__ == "__main__":
     address, number, what = sys.argv[1:]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, 2, int(number), heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
-    print(json.dumps({"values": values, "samples": samples, "other_barrier": other_barrier, "lost": lost}[what]()))
+    print(
+        json.dumps(
+            {"values": values, "samples": samples, "other_barrier": other_barrier, "lost": lost, "failed": failed}[
+                what
+            ]()
+        )
+    )

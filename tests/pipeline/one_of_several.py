@@ -10,6 +10,7 @@ import jax
 from absl import logging
 
 from configs.base import get_config
+from srlm_jax.parallel import hosts
 from srlm_jax.pipeline.command import FAILURES, run_command
 
 
@@ -28,7 +29,7 @@ def main(address, processes, number, timeout, workdir, *changes):
     try:
         run_command(config.to_dict(), None)
     except FAILURES as error:
-        sys.exit(f"error: {error}")
+        hosts.leave(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Stages on their own, with models that say what they are told: what they write, count, refuse and go on with."""
 
+import contextlib
+
+import jax
 import pytest
 
 from configs.base import get_config
 from srlm_jax.data import world
+from srlm_jax.parallel import hosts
 from srlm_jax.pipeline import answering, judging, seeding, training
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, make_run
@@ -87,7 +91,7 @@ def judged(name, *scores):
 # --- going on after a kill --------------------------------------------------------------------------------------------
 
 
-def double(run, folder, items, seen, die_at=None):
+def double(run, folder, items, seen, die_at=None, together=False):
     def work(part, report):
         seen.append(list(part))
         if die_at in part:
@@ -95,7 +99,7 @@ def double(run, folder, items, seen, die_at=None):
         report(len(part), 1)
         return [Prompt(id=str(item), text="x" * item, origin="seed") for item in part]
 
-    return run.in_shards(folder, items, Prompt, work, title="", completions=lambda item: 1, together=False)
+    return run.in_shards(folder, items, Prompt, work, title="", completions=lambda item: 1, together=together)
 
 
 def test_shards_that_are_there_are_not_made_again(tmp_path):
@@ -115,6 +119,43 @@ def test_shards_that_are_there_are_not_made_again(tmp_path):
     seen.clear()
     assert double(run, folder, range(10), seen) == records
     assert seen == [[4, 5, 6, 7]]
+
+
+class Waiting(Exception):
+    """Stands for a process that waits for the others."""
+
+
+def test_shards_are_dealt_out_to_processes_and_read_by_all_in_their_order(tmp_path, monkeypatch):
+    run = open_run(tmp_path, shard_prompts=4)
+    folder, seen, records = run.workdir / "stage", [], []
+
+    def barrier(name):
+        if name.endswith("written") and jax.process_index() != 1:
+            raise Waiting
+
+    monkeypatch.setattr(hosts, "barrier", barrier)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    for number, share in ((3, []), (2, [[8, 9]]), (0, [[0, 1, 2, 3]]), (1, [[4, 5, 6, 7]])):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with contextlib.suppress(Waiting):
+            records = double(run, folder, range(10), seen)
+        assert seen == share
+        seen.clear()
+    assert [record.id for record in records] == [str(i) for i in range(10)]
+
+
+def test_what_all_devices_work_on_together_is_written_by_the_first_process(tmp_path, monkeypatch):
+    run = open_run(tmp_path, shard_prompts=4)
+    seen = []
+    monkeypatch.setattr(hosts, "barrier", lambda name: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for number, written in ((1, 0), (0, 3)):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with contextlib.suppress(FileNotFoundError):
+            double(run, run.workdir / "stage", range(10), seen, together=True)
+        assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        assert len(jsonl.shards_done(run.workdir / "stage")) == written
+        seen.clear()
 
 
 def test_nothing_to_do_gives_no_records(tmp_path):
