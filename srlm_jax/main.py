@@ -6,6 +6,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from srlm_jax.parallel import mesh
 from srlm_jax.pipeline.command import FAILURES, run_command
 from srlm_jax.pipeline.settings import Settings, field_names
 
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     try:
         run_command(_CONFIG.value.to_dict(), _REDO.value)
     except FAILURES as error:
-        sys.exit(f"error: {error}")
+        mesh.leave(f"error: {error}")
 
 
 if __name__ == "__main__":
