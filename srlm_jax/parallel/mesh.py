@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -93,11 +94,15 @@ def _check_free(who: str, port: int) -> None:
 
 
 def _give_up(who: str, timeout_s: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(
+    _end(
         f"error: {who}: the others did not join within {timeout_s} seconds (config.start_timeout_s); is every process "
-        "started, with this address and a number of its own, process 0 on that host, and can all reach its port?\n"
+        "started, with this address and a number of its own, process 0 on that host, and can all reach its port?"
     )
+
+
+def _end(said: str) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.write(f"{said}\n")
     sys.stderr.flush()
     os._exit(1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from srlm_jax.parallel.hosts import leave
 from srlm_jax.parallel.mesh import start
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +38,30 @@ print(*count, total, groups, len(sample_mesh(MeshShape(data=2, fsdp=2, tensor=2)
 """
 
 
-def process(*arguments, **environment):
+LEAVE = """
+import sys
+from srlm_jax.parallel.hosts import leave
+from srlm_jax.parallel.mesh import start
+
+start(sys.argv[1], *map(int, sys.argv[2:]))
+
+import jax
+from jax.experimental import multihost_utils
+
+multihost_utils.sync_global_devices("all are here")
+if jax.process_index() == 1:
+    leave("error: config.dpo.beta is odd")
+try:
+    multihost_utils.sync_global_devices("process 1 never comes here")
+except Exception as error:
+    leave(f"error: {error}")
+"""
+
+
+def process(*arguments, script=JOIN, **environment):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", **environment}
     return subprocess.Popen(
-        [sys.executable, "-c", JOIN, *map(str, arguments)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -69,6 +90,18 @@ def test_a_process_whose_partner_never_comes_says_so_in_one_line(address, number
     status, said = ended(process(address, 2, number, 2))
     assert (status, len(said)) == (1, 1)
     assert said[0].startswith(f"error: config.coordinator is {address}: the others did not join within 2 seconds")
+
+
+def test_a_process_that_leaves_says_why_and_the_others_do_not_wait_for_it(address):
+    both = [process(address, 2, number, 100, script=LEAVE) for number in (0, 1)]
+    (status, said), left = map(ended, both)
+    assert left == (1, ["error: config.dpo.beta is odd"])
+    assert status != 0 and said  # the runtime tells it either by an error or by an abort, whichever comes first
+
+
+def test_alone_it_leaves_as_any_program_does():
+    with pytest.raises(SystemExit, match=r"^error: config\.dpo\.beta is odd$"):
+        leave("error: config.dpo.beta is odd")
 
 
 def test_a_port_that_is_taken_is_told_before_jax_crashes_over_it():
