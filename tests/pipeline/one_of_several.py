@@ -15,11 +15,12 @@ from srlm_jax.pipeline.command import FAILURES, run_command
 
 
 def main(address, processes, number, timeout, workdir, *changes):
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        address, int(processes), int(number),
-        heartbeat_timeout_seconds=int(timeout), shutdown_timeout_seconds=int(timeout),
-    )  # fmt: skip
+    if int(processes) > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            address, int(processes), int(number),
+            heartbeat_timeout_seconds=int(timeout), shutdown_timeout_seconds=int(timeout),
+        )  # fmt: skip
     logging.set_verbosity(logging.ERROR)
     config = get_config("smoke", 3)
     config.workdir = workdir
