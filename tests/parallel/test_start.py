@@ -82,7 +82,7 @@ def address():
 def test_two_processes_of_four_devices_are_one_job_of_eight(address):
     both = [process(address, 2, number, 100) for number in (0, 1)]
     for number, found in enumerate(map(ended, both)):
-        assert found == (0, [f"{number} 2 4 8 22.0 [[0, 0, 0, 0], [1, 1, 1, 1]] 4"])
+        assert found == (0, [f"{number} 2 4 8 22.0 [[0, 0, 0, 0], [1, 1, 1, 1]] 2"])
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -123,7 +123,7 @@ def test_slurm_names_the_others(tmp_path):
     job |= {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3", "JAX_COORDINATOR_PORT": str(port)}
     both = [process("auto", None, None, 100, **job, SLURM_PROCID=str(number)) for number in (0, 1)]
     for number, found in enumerate(map(ended, both)):
-        assert found == (0, [f"{number} 2 4 8 22.0 [[0, 0, 0, 0], [1, 1, 1, 1]] 4"])
+        assert found == (0, [f"{number} 2 4 8 22.0 [[0, 0, 0, 0], [1, 1, 1, 1]] 2"])
 
 
 def test_auto_where_nothing_names_the_others_is_refused_in_one_line():
