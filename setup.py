@@ -44,6 +44,8 @@ setup(
     ],
     extras_require={
         "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
+        # The TPU's compiler, for plans on a machine without one: the version that its jax names in its own extra.
+        "plan": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
         "cuda": [f"jax[cuda12]>=0.10.2,<0.11; {OLD}", f"jax[cuda12]>=0.11.1; {NEW}"],
         "openai": ["openai>=1.40"],  # a server as a source of completions
         # Parquet files and TensorFlow Datasets (no TensorFlow): 190 MB, a quarter more than the base install. The last

@@ -1,6 +1,7 @@
 """Device meshes: which devices hold what, and how several hosts start as one."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -25,9 +26,9 @@ def start(coordinator: str | None) -> None:
         jax.distributed.initialize(None if coordinator == "auto" else coordinator)
 
 
-def _make(sizes: dict[str, int]) -> jax.sharding.Mesh:
+def _make(sizes: dict[str, int], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
     axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
 
 
 def resolve(shape: MeshShape, devices: int) -> MeshShape:
@@ -48,12 +49,24 @@ def resolve(shape: MeshShape, devices: int) -> MeshShape:
 
 
 def train_mesh(shape: MeshShape) -> jax.sharding.Mesh:
-    """The mesh for training: axes data, fsdp, tensor."""
-    shape = resolve(shape, jax.device_count())
-    return _make({"data": shape.data, "fsdp": shape.fsdp, "tensor": shape.tensor})
+    """The mesh for training on this job's devices: axes data, fsdp, tensor."""
+    return train_mesh_over(shape, jax.devices())
+
+
+def train_mesh_over(shape: MeshShape, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh for training on any devices, which may be descriptions alone."""
+    shape = resolve(shape, len(devices))
+    return _make({"data": shape.data, "fsdp": shape.fsdp, "tensor": shape.tensor}, devices)
 
 
 def sample_mesh(shape: MeshShape) -> jax.sharding.Mesh:
     """The mesh for sampling, over the same devices: axes data, tensor."""
-    shape = resolve(shape, jax.device_count())
-    return _make({"data": shape.data * shape.fsdp, "tensor": shape.tensor})
+    return sample_mesh_over(shape, jax.devices())
+
+
+def sample_mesh_over(shape: MeshShape, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh for sampling on any devices: those of `train_mesh_over` in the same order, so that weights move from
+    one to the other within one program."""
+    over = train_mesh_over(shape, devices).devices
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    return jax.sharding.Mesh(over.reshape(-1, over.shape[-1]), ("data", "tensor"), axis_types=axis_types)

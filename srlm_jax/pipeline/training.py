@@ -138,7 +138,7 @@ def example_row(run: Run, prompt: str, response: str) -> Row:
     return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response)), len(opening))
 
 
-_response_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))
+compiled_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))
 
 
 def reference_logprobs(run: Run, name: str, start: str) -> None:
@@ -153,7 +153,9 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
             part = list(rows[first : first + s.reference_batch])
             batch = batches.token_batch(part + part[:1] * (s.reference_batch - len(part)), length)
             batch = jax.device_put(jax.tree.map(jnp.asarray, batch), sharding)
-            found.append(np.asarray(_response_logprobs(model, batch, s.logprob_chunk, None))[: len(part)])
+            with jax.set_mesh(run.train_mesh):
+                logprobs_B = compiled_logprobs(model, batch, s.logprob_chunk, None)
+            found.append(np.asarray(logprobs_B)[: len(part)])
         return np.concatenate(found)
 
     def work() -> Outcome:

@@ -66,7 +66,9 @@ def train(
       Diverged: a loss or gradient norm is NaN or infinite; the message names the step.
     """
     train_step, tx = make_train_step(objective, config.optimizer, config.steps, config.accumulate)
-    opt_state = jax.jit(tx.init)(model)
+    # Fresh moments depend on no weight, so without a word all of them would lie on the first device.
+    places = rules.model_shardings(mesh, rules.TRAIN, jax.eval_shape(tx.init, model))
+    opt_state = jax.jit(tx.init, out_shardings=places)(model)
     iterator = iter(batches)
     key = jax.random.key(seed)
     learning_rate = schedule(config.optimizer, config.steps)
@@ -92,7 +94,8 @@ def train(
             batch = next(iterator)
             tokens += _tokens(batch)
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, np.asarray(x)), batch)
-            model, opt_state, metrics = train_step(model, opt_state, batch, jax.random.fold_in(key, step))
+            with jax.set_mesh(mesh):
+                model, opt_state, metrics = train_step(model, opt_state, batch, jax.random.fold_in(key, step))
             window.append(metrics)
             last = step + 1 == config.steps
             save = (step + 1) % config.checkpoint_every == 0 and not last
