@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,9 @@ def start(coordinator: str | None) -> None:
 
 
 def _make(sizes: dict[str, int], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    # Where an axis is longer than those of the slice (8 chips of a 4 x 4 x 4), one of these is split.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
 def resolve(shape: MeshShape, devices: int) -> MeshShape:

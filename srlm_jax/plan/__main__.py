@@ -38,14 +38,14 @@ def main(argv: list[str]) -> None:
         plan = make_plan(
             read(_CONFIG.value.to_dict()),
             topology,
-            lambda said: print(f"compiling: {said}", file=sys.stderr, flush=True),
+            lambda said: print(said, file=sys.stderr, flush=True),
         )
         print(report.text(plan, _PRICE.value))
         if _JSON.value is not None:
             jsonl.write_json(_JSON.value, report.document(plan, _PRICE.value))
     except FAILURES as error:
         sys.exit(f"error: {error}")
-    sys.exit(0 if plan.fits else 1)
+    sys.exit(0 if plan.fits else 3)
 
 
 if __name__ == "__main__":

@@ -117,13 +117,13 @@ def by_formula(settings: Settings, where: Slice, shape: MeshShape) -> Plan:
 def by_compiler(
     settings: Settings, where: Slice, shape: MeshShape, report: Callable[[str], None], *, until_refused: bool
 ) -> Plan:
-    """The plan with every program compiled; `report` is told of each before it starts.
+    """The plan with every program compiled; `report` is told of each before and after.
 
     With `until_refused`, what comes after a program that does not fit is left out.
     """
     found = []
     for program in programs.programs(settings, shape, chips.devices(where)):
-        report(program.name)
+        report(f"compiling {program.name}")
         compiled = programs.compile_program(program)
         link = program.cost.link_bytes
         if isinstance(compiled, Compiled):
@@ -134,6 +134,7 @@ def by_compiler(
         times = stages.roofline(program.cost, link, where)
         arguments = programs.argument_bytes(program)[:5]
         found.append(PlannedProgram(program.name, program.cost, compiled, limit, times, arguments))
+        report(f"{program.name}: {found[-1].needed / chips.GIB:.2f} of {limit / chips.GIB:.2f} GiB a chip")
         if until_refused and not found[-1].fits:
             break
     return Plan(settings, where, shape, found)
