@@ -1,5 +1,5 @@
-"""`python -m srlm_jax.plan --config=configs/iter2.py:llama2_70b --topology=v5p:4x4x4`: whether an iteration fits a slice
-of chips that nobody has rented yet, and what it would cost."""
+"""`python -m srlm_jax.plan --config=configs/iter2.py:llama2_70b --topology=v5p:4x4x4`: whether an iteration fits a
+slice of chips that nobody has rented yet, and what it would cost."""
 
 import sys
 

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Chip:
     """One chip by its data sheet. Nothing here is measured."""
 
@@ -40,16 +40,16 @@ _NODES = ("1", "2", "4", "8", "16", "32", "64", "128")
 # TPU: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e; what a link carries one way, over all links of the chip. GPU: the
 # data sheets; `link` is NVLink within a node of eight, which the formula takes for larger numbers too.
 CHIPS: dict[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        Chip(name="v5e", tpu=True, flops=197e12, bandwidth=819e9, memory=15.75 * GIB, link=1.8e11, sizes=_FLAT, ring=16),
-        Chip(name="v6e", tpu=True, flops=918e12, bandwidth=1638e9, memory=31.25 * GIB, link=3.6e11, sizes=_FLAT, ring=16),
-        Chip(name="v5p", tpu=True, flops=459e12, bandwidth=2765e9, memory=95.74 * GIB, link=5.4e11, sizes=_CUBE, ring=4),
-        Chip(name="a100", tpu=False, flops=312e12, bandwidth=2039e9, memory=75 * GIB, link=3e11, sizes=_NODES, ring=0),
-        Chip(name="h100", tpu=False, flops=989e12, bandwidth=3350e9, memory=75 * GIB, link=4.5e11, sizes=_NODES, ring=0),
-        Chip(name="h200", tpu=False, flops=989e12, bandwidth=4800e9, memory=132 * GIB, link=4.5e11, sizes=_NODES, ring=0),
+    name: Chip(name, tpu, flops, bandwidth, memory * GIB, link, sizes, ring)
+    for name, tpu, flops, bandwidth, memory, link, sizes, ring in (
+        ("v5e", True, 197e12, 819e9, 15.75, 1.8e11, _FLAT, 16),
+        ("v6e", True, 918e12, 1638e9, 31.25, 3.6e11, _FLAT, 16),
+        ("v5p", True, 459e12, 2765e9, 95.74, 5.4e11, _CUBE, 4),
+        ("a100", False, 312e12, 2039e9, 75.0, 3.0e11, _NODES, 0),
+        ("h100", False, 989e12, 3350e9, 75.0, 4.5e11, _NODES, 0),
+        ("h200", False, 989e12, 4800e9, 132.0, 4.5e11, _NODES, 0),
     )
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,8 @@ def parse_slice(text: str) -> Slice:
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", text)
     if match is None or match[1] not in CHIPS:
         raise ValueError(
-            f"--topology={text!r} is no slice: give one of {', '.join(CHIPS)}, a colon and its shape, as in v5p:4x4x4 or "
-            "h100:8, or auto:v5p for the smallest that fits"
+            f"--topology={text!r} is no slice: give one of {', '.join(CHIPS)}, a colon and its shape, as in "
+            "v5p:4x4x4 or h100:8, or auto:v5p for the smallest that fits"
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     dimensions = chip.sizes[0].count("x") + 1

@@ -101,9 +101,8 @@ def _trips(condition: list[str], unknown: int) -> int:
     root = next((line for line in condition if line.lstrip().startswith("ROOT")), "")
     if " compare(" not in root or "direction=LT" not in root:
         return unknown
-    constants = {
-        match[1]: int(match[2]) for line in condition if (match := re.match(r"\s*%?([\w.\-]+) = .*? constant\((\d+)\)", line))
-    }  # fmt: skip
+    numbers = (re.match(r"\s*%?([\w.\-]+) = .*? constant\((\d+)\)", line) for line in condition)
+    constants = {match[1]: int(match[2]) for match in numbers if match is not None}
     named = [name for name in constants if re.search(rf"%?{re.escape(name)}[,)]", root)]
     return constants[named[0]] if len(named) == 1 else unknown
 

@@ -134,8 +134,8 @@ def text(plan: Plan, price: float | None) -> str:
     c, mesh, chip = plan.settings.model.llama, plan.mesh, plan.where.chip
     how = "compiled, nothing run" if chip.tpu else "by formula, nothing compiled"
     parts = [
-        f"{c.parameters:,} parameters on {plan.where.name}, {plan.where.chips} chips: data {mesh.data} x fsdp {mesh.fsdp} "
-        f"x tensor {mesh.tensor}; {how}",
+        f"{c.parameters:,} parameters on {plan.where.name}, {plan.where.chips} chips: data {mesh.data} x "
+        f"fsdp {mesh.fsdp} x tensor {mesh.tensor}; {how}",
         memory_table(plan),
     ]
     for program in plan.programs:

@@ -106,8 +106,8 @@ def assumptions(s: Settings, data: int) -> list[str]:
     if s.models > 1:
         found += [
             f"{s.self_instruction.prompts} prompts, {PAIRS_PER_PROMPT:.0%} of which give a pair",
-            f"new prompts are written by a model of this size, {COMPLETIONS_PER_PROMPT} completions of {NEW_PROMPT} tokens "
-            "each; reading their eight examples is counted as an instruction",
+            f"new prompts are written by a model of this size, {COMPLETIONS_PER_PROMPT} completions of {NEW_PROMPT} "
+            "tokens each; reading their eight examples is counted as an instruction",
         ]
     return found
 

@@ -1,4 +1,4 @@
-"""Traffic between chips, read from what the compiler wrote: a program for eight CPU devices, and lines of TPU programs."""
+"""Traffic between chips, read from what the compiler wrote: programs for eight CPU devices, and lines of a TPU's."""
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +60,11 @@ def test_nothing_is_found_where_nothing_is_exchanged(mesh):
 TPU = """HloModule jit_step
 
 %fused.1 (p: bf16[256,64]) -> bf16[4096,64] {
-  %g.1 = bf16[4096,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}, dimensions={0}
+  %g.1 = bf16[4096,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4,'y'=4] {'y'}
 }
 
 %fused.2 (p: bf16[256,64]) -> bf16[4096,64] {
-  %g.2 = bf16[4096,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}, dimensions={0}
+  %g.2 = bf16[4096,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4,'y'=4] {'y'}
 }
 
 %cond (p: (s32[], f32[8])) -> pred[] {
@@ -94,7 +94,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %r = (f32[6]{0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%add
   %q = f32[4]{0} reduce-scatter(%a), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
 }
-"""  # fmt: skip
+"""
 
 
 def test_a_tpu_program():
@@ -113,7 +113,8 @@ def test_sums_by_kind():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("f32[2,3]{1,0}", 24), ("bf16[]", 2), ("pred[7]", 7), ("s8[5]", 5), ("f8e4m3fn[4]", 4), ("u64[2]", 16)]
-)  # fmt: skip
+    ("text", "size"),
+    [("f32[2,3]{1,0}", 24), ("bf16[]", 2), ("pred[7]", 7), ("s8[5]", 5), ("f8e4m3fn[4]", 4), ("u64[2]", 16)],
+)
 def test_sizes_of_arrays(text, size):
     assert [count for _, count in hlo.array_bytes(text)] == [size]
