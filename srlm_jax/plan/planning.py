@@ -126,7 +126,7 @@ def by_compiler(
         report(f"compiling {program.name}")
         compiled = programs.compile_program(program)
         link = program.cost.link_bytes
-        if isinstance(compiled, Compiled):
+        if isinstance(compiled, Compiled) and compiled.collectives is not None:
             link = sum(one["bytes"] for one in hlo.by_kind(compiled.collectives).values())
         limit = where.chip.memory
         if isinstance(compiled, TooLarge) and compiled.limit is not None:

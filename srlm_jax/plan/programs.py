@@ -52,7 +52,7 @@ class Compiled:
     output: int
     temporaries: int
     aliased: int  # of the output, what takes an argument's place
-    collectives: list[hlo.Collective]
+    collectives: list[hlo.Collective] | None  # None: the compiler cannot write its program down
     wall_s: float
     cpu_s: float
     host_bytes: int  # the most memory that this process has had so far
@@ -276,12 +276,16 @@ def compile_program(program: Program) -> Compiled | TooLarge:
             raise
         return too_large(str(error))
     said = compiled.memory_analysis()
+    try:
+        collectives = hlo.collectives(compiled.as_text(), unknown_trips=program.unknown_trips)
+    except jax.errors.JaxRuntimeError:
+        collectives = None  # libtpu 0.0.52 writes some exchanges in a form that jax 0.10.2 cannot read
     return Compiled(
         arguments=said.argument_size_in_bytes,
         output=said.output_size_in_bytes,
         temporaries=said.temp_size_in_bytes,
         aliased=said.alias_size_in_bytes,
-        collectives=hlo.collectives(compiled.as_text(), unknown_trips=program.unknown_trips),
+        collectives=collectives,
         wall_s=time.perf_counter() - wall,
         cpu_s=time.process_time() - cpu,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

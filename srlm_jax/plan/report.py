@@ -71,7 +71,7 @@ def cost_table(plan: Plan) -> str:
     rows = []
     for program in plan.programs:
         cost, roof, compiled = program.cost, program.roofline, program.compiled
-        if isinstance(compiled, Compiled):
+        if isinstance(compiled, Compiled) and compiled.collectives is not None:
             sums = hlo.by_kind(compiled.collectives)
             moved = f"{sum(one['bytes'] for one in sums.values()) / 1e9:.2f}"
             kinds = ", ".join(
@@ -169,7 +169,7 @@ def document(plan: Plan, price: float | None) -> dict[str, object]:
                 "temporaries": compiled.temporaries,
                 "output": compiled.output,
                 "aliased": compiled.aliased,
-                "collectives": hlo.by_kind(compiled.collectives),
+                "collectives": None if compiled.collectives is None else hlo.by_kind(compiled.collectives),
                 "wall_s": compiled.wall_s,
                 "cpu_s": compiled.cpu_s,
                 "host_bytes": compiled.host_bytes,
