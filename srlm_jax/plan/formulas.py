@@ -39,6 +39,12 @@ def param_bytes(c: LlamaConfig) -> int:
     return c.parameters * _BYTES[c.param_dtype]
 
 
+def cast_bytes(c: LlamaConfig) -> int:
+    """Of the copy in the compute dtype that a sampling program makes of all weights before its loops; 0 where they are
+    kept in it."""
+    return 0 if c.param_dtype == c.compute_dtype else c.parameters * _BYTES[c.compute_dtype]
+
+
 def kv_token_bytes(c: LlamaConfig) -> int:
     """Of one token's keys and values over all layers."""
     return 2 * c.L * c.K * c.H * _BYTES[c.compute_dtype]
@@ -128,7 +134,10 @@ def prefill_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, slots:
     scores = own * c.N / split.tensor * c.L * 4 * 2 * (shared**2 + prompts * rest * (rest + shared))
     return Cost(
         flops=flops / split.tensor,
-        memory_bytes=2 * param_bytes(c) / split.weights + scores + tokens * kv_token_bytes(c) / split.tensor,
+        # The group's level and the prompts' are a pass over all weights each.
+        memory_bytes=(param_bytes(c) + cast_bytes(c) + 2 * c.parameters * wide) / split.weights
+        + scores
+        + tokens * kv_token_bytes(c) / split.tensor,
         link_bytes=2 * _gathered(2 * c.L * tokens * c.D * wide, split.tensor),
         resident_bytes=held + 2 * tokens * kv_token_bytes(c) / split.tensor,
     )
@@ -139,12 +148,13 @@ def decode_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, samples
     own, wide = split.own_rows(groups), _BYTES[c.compute_dtype]
     rows = own * prompts * samples
     held = own * (slots[0] + prompts * (slots[1] + samples * slots[2])) * kv_token_bytes(c) / split.tensor
-    weights = param_bytes(c) / split.weights
     flops = block_flops(c, rows, sum(slots)) + head_flops(c, rows)
+    cast = cast_bytes(c) / split.weights
+    once = param_bytes(c) / split.weights + cast if cast else 0.0
     reduced = 2 * c.L * rows * c.D * wide
     return Cost(
         flops=steps * flops / split.tensor,
-        memory_bytes=steps * (weights + held),
+        memory_bytes=once + steps * (c.parameters * wide / split.weights + held),
         link_bytes=steps * 2 * _gathered(reduced, split.tensor),
-        resident_bytes=weights + held,
+        resident_bytes=param_bytes(c) / split.weights + cast + held,
     )
