@@ -45,6 +45,8 @@ setup(
     extras_require={
         # gcsfs reads and writes gs://, the one place that all hosts of a slice share.
         "tpu": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}", "gcsfs>=2025.2"],
+        # The TPU's compiler, for plans on a machine without one: the version that its jax names in its own extra.
+        "plan": [f"jax[tpu]>=0.10.2,<0.11; {OLD}", f"jax[tpu]>=0.11.1; {NEW}"],
         "cuda": [f"jax[cuda12]>=0.10.2,<0.11; {OLD}", f"jax[cuda12]>=0.11.1; {NEW}"],
         "openai": ["openai>=1.55.3"],  # a server as a source of completions; before 1.55.3 it breaks with httpx 0.28
         # Parquet files and TensorFlow Datasets (no TensorFlow): 190 MB, a quarter more than the base install. The last

@@ -37,6 +37,7 @@ LAYERS = (
     "convert",
     "generate",
     "bench",
+    "plan",
     "main",
 )
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from srlm_jax.model import ops
 from srlm_jax.model.cache import Cache
 from srlm_jax.model.config import LlamaConfig
+from srlm_jax.parallel import rules
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float, dtype: str) -> nnx.Param:
@@ -70,7 +71,7 @@ class Llama(nnx.Module):
     def head(self) -> Float[Array, "D V"]:
         """The output projection, in the compute dtype: logits = hidden @ head."""
         head = self.embedding[...].T if self.config.tied else self.output[...]
-        return head.astype(self.config.compute_dtype)
+        return rules.constrain(head.astype(self.config.compute_dtype), "embed", "vocab")
 
     def __call__(
         self,
@@ -131,9 +132,10 @@ class Llama(nnx.Module):
             h_BTD = ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps)
             m_BTD = ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...])
             x_BTD = x_BTD + (m_BTD if drop is None else drop.fold(2)(m_BTD))
-            return (x_BTD, leaf), None
+            return (rules.constrain(x_BTD, "batch", "tokens", "embed"), leaf), None
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]
+        x_BTD = rules.constrain(x_BTD, "batch", "tokens", "embed")
         parent_kvs = [(level.k_LRKSH, level.v_LRKSH) for level in parents]
         body = jax.checkpoint(block) if c.remat and cache is None else block
         (x_BTD, leaf), _ = jax.lax.scan(body, (x_BTD, leaf), (self.blocks, jnp.arange(c.L), parent_kvs))

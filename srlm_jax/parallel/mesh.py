@@ -147,21 +147,30 @@ def resolve(shape: MeshShape, devices: int) -> MeshShape:
 
 
 def train_mesh(shape: MeshShape) -> jax.sharding.Mesh:
-    """The mesh for training: axes data, fsdp, tensor."""
-    return _make(arrange(shape, jax.devices()), ("data", "fsdp", "tensor"))
+    """The mesh for training on this job's devices: axes data, fsdp, tensor."""
+    return train_mesh_over(shape, jax.devices())
+
+
+def train_mesh_over(shape: MeshShape, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh for training on any devices, which may be descriptions alone."""
+    return _make(arrange(shape, devices), ("data", "fsdp", "tensor"))
 
 
 def sample_mesh(shape: MeshShape) -> jax.sharding.Mesh:
     """The mesh for sampling: axes data, tensor. Of several processes each has its own devices where they hold a copy of
-    the weights (`tensor` divides their number), and samples for itself; else all share the devices of all, in the order
-    of the mesh for training."""
+    the weights (`tensor` divides their number), and samples for itself; else all share the devices of all."""
     local = jax.local_device_count()
     if jax.process_count() > 1 and local % shape.tensor == 0:
         alone = MeshShape(data=local // shape.tensor, fsdp=1, tensor=shape.tensor)
-        devices = arrange(alone, jax.local_devices())
-    else:
-        devices = arrange(shape, jax.devices())
-    return _make(devices.reshape(-1, devices.shape[-1]), ("data", "tensor"))
+        return sample_mesh_over(alone, jax.local_devices())
+    return sample_mesh_over(shape, jax.devices())
+
+
+def sample_mesh_over(shape: MeshShape, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh for sampling on any devices: those of `train_mesh_over` in the same order, so that weights move from
+    one to the other within one program."""
+    over = arrange(shape, devices)
+    return _make(over.reshape(-1, over.shape[-1]), ("data", "tensor"))
 
 
 def _make(devices: np.ndarray, axes: tuple[str, ...]) -> jax.sharding.Mesh:

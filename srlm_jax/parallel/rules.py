@@ -25,12 +25,16 @@ TRAIN: Mapping[str, MeshAxes] = {
     "slots": (),  # of a key-value cache
 }
 
+# What is computed, in either layout: rows over all devices that hold different ones, and the width whole, so that a
+# block's weights come to the rows and not the rows to the weights.
+ACTIVATIONS: Mapping[str, MeshAxes] = TRAIN | {"tokens": (), "embed": ()}
+
 # Sampling: every data group holds the weights it reads at each step, split over tensor alone.
 SAMPLE: Mapping[str, MeshAxes] = TRAIN | {"batch": ("data",), "embed": ()}
 
 
 def sharding(
-    mesh: jax.sharding.Mesh, rules: Mapping[str, MeshAxes], axes: tuple[str, ...]
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rules: Mapping[str, MeshAxes], axes: tuple[str, ...]
 ) -> jax.sharding.NamedSharding:
     """Where an array with these logical axes lives.
 
@@ -50,6 +54,22 @@ def sharding(
             claimed[mesh_axis] = axis
         entries.append(rules[axis] or None)
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*entries))
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Says to the compiler how `x`, an array inside a compiled function, is to be split, by logical axes.
+
+    Left alone the compiler prefers at times to split the width and to hold every row on every device. Nothing is said
+    where no mesh is set (`jax.set_mesh`), of a mesh axis that the mesh lacks, and of an axis that it does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    rules: dict[str, MeshAxes] = {}
+    for axis, size in zip(axes, x.shape, strict=True):
+        split = tuple(name for name in ACTIVATIONS[axis] if name in mesh.shape)
+        rules[axis] = split if size % math.prod(mesh.shape[name] for name in split) == 0 else ()
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, rules, axes))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

@@ -249,7 +249,7 @@ def make_run(settings: Settings, code: str) -> Run:
     with naming("config.chat"):
         encode_prompt(tokenizer, FORMATS[settings.chat], "")  # which looks up the marks
     train_mesh, sample_mesh = meshes.train_mesh(settings.mesh), meshes.sample_mesh(settings.mesh)
-    _check_batches(settings, train_mesh)
+    check_batches(settings, train_mesh.shape["data"] * train_mesh.shape["fsdp"])
     rules.model_shardings(train_mesh, rules.TRAIN, llama.abstract(settings.model.llama))
     workdir = epath.Path(settings.workdir)
     try:
@@ -283,9 +283,8 @@ def _open(workdir: epath.Path) -> None:
         )
 
 
-def _check_batches(settings: Settings, mesh: jax.sharding.Mesh) -> None:
-    """Refuses batches that the devices cannot share evenly."""
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batches(settings: Settings, groups: int) -> None:
+    """Refuses batches that so many groups of devices cannot share evenly."""
     sizes = {"config.reference_batch": settings.reference_batch}
     for name in ("pretraining", "sft", "dpo"):
         if (part := getattr(settings, name)) is not None:

@@ -137,7 +137,7 @@ def example_row(run: Run, prompt: str, response: str) -> Row:
     return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response)), len(opening))
 
 
-_response_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))
+compiled_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))
 
 
 def reference_logprobs(run: Run, name: str, start: str) -> None:
@@ -152,7 +152,9 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
             part = list(rows[first : first + s.reference_batch])
             batch = batches.token_batch(part + part[:1] * (s.reference_batch - len(part)), length)
             batch = hosts.spread(batch, sharding)
-            found.append(hosts.fetch(_response_logprobs(model, batch, s.logprob_chunk, None))[: len(part)])
+            with jax.set_mesh(run.train_mesh):
+                logprobs_B = compiled_logprobs(model, batch, s.logprob_chunk, None)
+            found.append(hosts.fetch(logprobs_B)[: len(part)])
         return np.concatenate(found)
 
     def work() -> Outcome:

@@ -82,6 +82,16 @@ def _common(sequences: Sequence[Ids]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
+def groups_at_once(rows: int, rows_per_group: int, groups: int, data: int) -> int:
+    """How many groups are held at once: as `rows` allows, no more than there are, and as many on each data group."""
+    return -(-min(max(1, rows // rows_per_group), groups) // data) * data
+
+
+def admitted_at_once(held: int, data: int) -> int:
+    """How many of `held` groups are prefilled together: a quarter, and as many on each data group."""
+    return max(data, held // 4 // data * data)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """How the prompts of a call are cut into levels."""
@@ -150,8 +160,8 @@ def _run(
 ) -> Iterator[tuple[int, Samples]]:
     P, C = layout.prompts, draw.samples
     data = mesh.shape["data"]
-    G = -(-min(max(1, config.rows // (P * C)), len(groups)) // data) * data
-    at_once = max(1, G // 4)
+    G = groups_at_once(config.rows, P * C, len(groups), data)
+    at_once = admitted_at_once(G, data)
     stops = _pad_stops(draw.stops)
     decode_config = DecodeConfig(
         temperature=draw.temperature, top_p=draw.top_p, max_new_tokens=draw.max_new_tokens, steps=config.steps
@@ -170,11 +180,13 @@ def _run(
         while queue and (held.count(None) >= min(at_once, len(queue)) or held.count(None) == G):
             free = [slot for slot, group in enumerate(held) if group is None]
             chosen = [(slot, queue.popleft()) for slot in free[: min(at_once, len(queue))]]
-            state = dec.admit(model, state, _admission(groups, layout, chosen, at_once, G, C, work), key)
+            with jax.set_mesh(mesh):
+                state = dec.admit(model, state, _admission(groups, layout, chosen, at_once, G, C, work), key)
             for slot, group in chosen:
                 held[slot] = group
                 tokens[slot] = [[] for _ in range(P * C)]
-        state, new, owned = dec.decode(model, state, stops, decode_config)
+        with jax.set_mesh(mesh):
+            state, new, owned = dec.decode(model, state, stops, decode_config)
         new, owned, active = hosts.fetch((new, owned, state.active_B))
         finished, sampled = 0, int(owned.sum())
         work.row_steps += owned.shape[0] * int(owned.any(axis=0).sum())
@@ -248,7 +260,7 @@ def _admission(
 _LEVEL_AXES = ("layers", "batch", "kv_heads", "slots", "head")
 
 
-def _shardings(mesh: jax.sharding.Mesh, state: DecodeState) -> DecodeState:
+def shardings(mesh: jax.sharding.Mesh, state: DecodeState) -> DecodeState:
     """Rows of every level over the data axis, heads over the tensor axis; what has no rows everywhere."""
 
     def place(path: tuple, leaf: jax.Array) -> jax.sharding.NamedSharding:
@@ -264,4 +276,4 @@ def _shardings(mesh: jax.sharding.Mesh, state: DecodeState) -> DecodeState:
 def _start(model: Llama, prefix, groups, prompts, samples, lengths, stop_length, seed, mesh) -> DecodeState:
     """As `decode.start`, each device making its own part of the cache only."""
     state = dec.start(model, prefix, groups, prompts, samples, lengths, stop_length, seed)
-    return jax.lax.with_sharding_constraint(state, _shardings(mesh, state))
+    return jax.lax.with_sharding_constraint(state, shardings(mesh, state))

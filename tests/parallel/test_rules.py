@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from srlm_jax.model import llama
@@ -90,3 +91,34 @@ def test_replicated_arrays_are_whole_everywhere():
     placed = rules.replicated(train_mesh(MESH))
     assert placed.shard_shape((3, 5)) == (3, 5)
     assert len(placed.device_set) == 8
+
+
+def constrained_shape(shape, *axes):
+    """What each device holds of an array that a compiled function made under these axes."""
+    x = jax.jit(lambda: rules.constrain(jnp.zeros(shape), *axes))()
+    return x.sharding.shard_shape(x.shape)
+
+
+def test_results_are_split_by_rows_and_heads_and_never_by_width():
+    with jax.set_mesh(train_mesh(MESH)):
+        assert constrained_shape((8, 6, 16), "batch", "tokens", "embed") == (2, 6, 16)
+        assert constrained_shape((8, 4, 6, 2), "batch", "heads", "tokens", "head") == (2, 2, 6, 2)
+    with jax.set_mesh(sample_mesh(MESH)):
+        assert constrained_shape((8, 1, 16), "batch", "tokens", "embed") == (2, 1, 16)
+
+
+def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
+    with jax.set_mesh(train_mesh(MESH)):
+        assert constrained_shape((6, 32), "batch", "vocab") == (6, 16)
+
+
+def test_without_a_mesh_nothing_is_said():
+    assert "sharding" not in str(jax.make_jaxpr(lambda x: rules.constrain(x, "batch", "embed"))(jnp.zeros((8, 4))))
+
+
+def test_what_an_optimizer_keeps_lies_where_its_weights_do():
+    mesh, shapes = train_mesh(MESH), llama.abstract(PRESETS["tiny"]())
+    weights = rules.model_shardings(mesh, rules.TRAIN, shapes)
+    kept = rules.model_shardings(mesh, rules.TRAIN, (shapes, jax.ShapeDtypeStruct((), jnp.int32)))
+    assert jax.tree.leaves(kept[0]) == jax.tree.leaves(weights)
+    assert kept[1] == rules.replicated(mesh)

@@ -1,0 +1,160 @@
+"""Operations, memory traffic and memory of each program, from the numbers of the model.
+
+The compiler's own count takes a loop's body once, so these formulas count what the loops run; tests hold them against
+the compiler's count of programs without loops. Everything is for one chip of a mesh of `data` x `fsdp` x `tensor`.
+"""
+
+import dataclasses
+
+from srlm_jax.model.config import LlamaConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """Over how many chips the rows of a batch, the stored weights, and each matrix product are split."""
+
+    rows: int
+    weights: int
+    tensor: int
+
+    def own_rows(self, rows: int) -> int:
+        """Rows of a batch that a chip computes: all of them where they cannot be shared evenly."""
+        return rows // self.rows if rows % self.rows == 0 else rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a program asks of one chip each time it runs."""
+
+    flops: float
+    memory_bytes: float  # the least that must pass between memory and chip
+    link_bytes: float  # what must arrive from other chips
+    resident_bytes: float  # weights, optimizer state, caches and the largest intermediate results
+
+
+def param_bytes(c: LlamaConfig) -> int:
+    """Of all weights, as they are kept."""
+    return c.parameters * _BYTES[c.param_dtype]
+
+
+def cast_bytes(c: LlamaConfig) -> int:
+    """Of the copy in the compute dtype that a sampling program makes of all weights before its loops; 0 where they are
+    kept in it."""
+    return 0 if c.param_dtype == c.compute_dtype else c.parameters * _BYTES[c.compute_dtype]
+
+
+def kv_token_bytes(c: LlamaConfig) -> int:
+    """Of one token's keys and values over all layers."""
+    return 2 * c.L * c.K * c.H * _BYTES[c.compute_dtype]
+
+
+def block_flops(c: LlamaConfig, tokens: int, keys: int) -> float:
+    """One forward pass of `tokens` through all blocks, each token scored against `keys` keys, masked ones included."""
+    weights = c.D * c.H * (2 * c.N + 2 * c.K) + 3 * c.D * c.F
+    return 2.0 * c.L * tokens * (weights + 2 * c.N * c.H * keys)
+
+
+def head_flops(c: LlamaConfig, tokens: int) -> float:
+    """Logits of `tokens` positions."""
+    return 2.0 * tokens * c.D * c.V
+
+
+def forward_flops(c: LlamaConfig, rows: int, length: int) -> float:
+    """Log-probabilities of all targets of a batch, nothing kept for a gradient."""
+    return block_flops(c, rows * length, length) + head_flops(c, rows * length)
+
+
+def train_flops(c: LlamaConfig, rows: int, length: int) -> float:
+    """Gradients of a batch: twice the forward pass besides itself, and what is computed again on the way back: each
+    block but its last product where the model says so, and the logits always."""
+    forward = forward_flops(c, rows, length)
+    again = head_flops(c, rows * length)
+    if c.remat:
+        again += block_flops(c, rows * length, length) - 2.0 * c.L * rows * length * c.F * c.D
+    return 3 * forward + again
+
+
+def _gathered(size: float, group: int) -> float:
+    """What arrives at a chip when an array of `size` bytes is gathered from, or reduced over, `group` chips."""
+    return size * (group - 1) / group
+
+
+def _activations(c: LlamaConfig, split: Split, rows: int, length: int, dropout: float, *, kept: bool) -> float:
+    """Intermediate results alive at once: a block's, and each block's input where gradients are wanted."""
+    wide = _BYTES[c.compute_dtype]
+    own = split.own_rows(rows) * length
+    inputs = own * c.D * wide * (c.L if kept else 1)
+    scores = own * length * c.N // split.tensor * (4 * (2 if kept else 1) + (4 if dropout and kept else 0))
+    mlp = 3 * own * c.F // split.tensor * wide
+    return inputs + scores + mlp
+
+
+def forward_cost(c: LlamaConfig, split: Split, rows: int, length: int) -> Cost:
+    """Reference log-probabilities of `rows` rows."""
+    own, wide = split.own_rows(rows), _BYTES[c.compute_dtype]
+    fsdp = split.weights // split.tensor
+    weights = c.parameters * wide / split.tensor
+    scores = own * length**2 * c.N / split.tensor * c.L * 4 * 2
+    reduced = 2 * c.L * own * length * c.D * wide
+    return Cost(
+        flops=forward_flops(c, own, length) / split.tensor,
+        memory_bytes=weights + scores,
+        link_bytes=_gathered(weights, fsdp) + 2 * _gathered(reduced, split.tensor),
+        resident_bytes=param_bytes(c) / split.weights + _activations(c, split, rows, length, 0.0, kept=False),
+    )
+
+
+def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate: int, dropout: float) -> Cost:
+    """One update by AdamW from `rows` rows, cut into `accumulate` microbatches."""
+    own, wide = split.own_rows(rows), _BYTES[c.compute_dtype]
+    fsdp = split.weights // split.tensor
+    weights = c.parameters * wide / split.tensor
+    passes = 3 if c.remat else 2  # forward, again, and back
+    kept = param_bytes(c) / split.weights
+    scores = own * length**2 * c.N / split.tensor * c.L * 4 * 2 * (passes + (1 if dropout else 0))
+    reduced = 2 * passes * c.L * own * length * c.D * wide
+    return Cost(
+        flops=train_flops(c, own, length) / split.tensor,
+        # AdamW reads weights, gradients and two moments and writes all but the gradients.
+        memory_bytes=accumulate * passes * weights + 7 * kept + scores,
+        # Gradients are reduced as often as weights are gathered for a pass.
+        link_bytes=accumulate * _gathered((passes + 1) * weights, fsdp) + 2 * _gathered(reduced, split.tensor),
+        resident_bytes=4 * kept + _activations(c, split, rows // accumulate, length, dropout, kept=True),
+    )
+
+
+def prefill_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, slots: tuple[int, int], held: float) -> Cost:
+    """Reading `groups` groups of `prompts` prompts: what a group shares, then the rest of each prompt."""
+    own, wide = split.own_rows(groups), _BYTES[c.compute_dtype]
+    shared, rest = slots
+    flops = block_flops(c, own * shared, shared) + block_flops(c, own * prompts * rest, rest + shared)
+    tokens = own * (shared + prompts * rest)
+    scores = own * c.N / split.tensor * c.L * 4 * 2 * (shared**2 + prompts * rest * (rest + shared))
+    return Cost(
+        flops=flops / split.tensor,
+        # The group's level and the prompts' are a pass over all weights each.
+        memory_bytes=(param_bytes(c) + cast_bytes(c) + 2 * c.parameters * wide) / split.weights
+        + scores
+        + tokens * kv_token_bytes(c) / split.tensor,
+        link_bytes=2 * _gathered(2 * c.L * tokens * c.D * wide, split.tensor),
+        resident_bytes=held + 2 * tokens * kv_token_bytes(c) / split.tensor,
+    )
+
+
+def decode_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, samples: int, slots, steps: int) -> Cost:
+    """`steps` tokens of every row; each step reads all slots of each level once for all rows that share them."""
+    own, wide = split.own_rows(groups), _BYTES[c.compute_dtype]
+    rows = own * prompts * samples
+    held = own * (slots[0] + prompts * (slots[1] + samples * slots[2])) * kv_token_bytes(c) / split.tensor
+    flops = block_flops(c, rows, sum(slots)) + head_flops(c, rows)
+    cast = cast_bytes(c) / split.weights
+    once = param_bytes(c) / split.weights + cast if cast else 0.0
+    reduced = 2 * c.L * rows * c.D * wide
+    return Cost(
+        flops=steps * flops / split.tensor,
+        memory_bytes=once + steps * (c.parameters * wide / split.weights + held),
+        link_bytes=steps * 2 * _gathered(reduced, split.tensor),
+        resident_bytes=param_bytes(c) / split.weights + cast + held,
+    )

@@ -1,0 +1,307 @@
+"""The programs of an iteration: the pipeline's own compiled functions, with shapes in place of arrays."""
+
+import dataclasses
+import math
+import re
+import resource
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from srlm_jax.data.batches import PairBatch, TokenBatch
+from srlm_jax.model import llama
+from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import mesh as meshes
+from srlm_jax.parallel import rules
+from srlm_jax.parallel.mesh import MeshShape
+from srlm_jax.pipeline import training
+from srlm_jax.pipeline.settings import Settings
+from srlm_jax.plan import formulas, hlo
+from srlm_jax.plan.formulas import Cost, Split
+from srlm_jax.sampling import decode as dec
+from srlm_jax.sampling import engine
+from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState
+from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective
+from srlm_jax.train.step import make_train_step
+
+# What stands around an instruction, in tokens: the marks of a chat, and the judge's rubric (379 tokens of Llama 2's,
+# of which 272 come before the instruction and 107 behind the answer).
+CHAT_FRAME = 16
+RUBRIC_BEFORE, RUBRIC_BEHIND = 272, 107
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function and what it is called with, each array as its shape, type and place on the mesh."""
+
+    name: str
+    function: Callable
+    arguments: dict[str, object]  # by the name that a user knows them by, in the function's order
+    mesh: jax.sharding.Mesh
+    unknown_trips: int  # how often a loop runs whose end depends on data
+    cost: Cost  # by formula
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program, in bytes a chip."""
+
+    arguments: int
+    output: int
+    temporaries: int
+    aliased: int  # of the output, what takes an argument's place
+    collectives: list[hlo.Collective] | None  # None: the compiler cannot write its program down
+    wall_s: float
+    cpu_s: float
+    host_bytes: int  # the most memory that this process has had so far
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.output - self.aliased + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """A program that the compiler refuses: what it would need and what there is, in bytes a chip (None: not said)."""
+
+    needed: float | None
+    limit: float | None
+    largest: list[str]  # results that take most, as the compiler says
+    said: str  # the refusal's first line
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingShape:
+    """How the engine lays out a stage's prompts; see `sampling.engine`."""
+
+    groups: int
+    at_once: int
+    prompts: int
+    samples: int
+    slots: tuple[int, int, int]
+    prefix: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
+    """The largest that the engine may be asked for, by stage: answers to instructions, and judgements of answers."""
+    instruction, answer = s.max_prompt_tokens, s.responses.max_new_tokens
+
+    def shape(prompts: int, params, prefix: int, shared: int, rest: int) -> SamplingShape:
+        groups = engine.groups_at_once(s.engine.rows, prompts * params.samples, s.shard_prompts, data)
+        return SamplingShape(
+            groups=groups,
+            at_once=engine.admitted_at_once(groups, data),
+            prompts=prompts,
+            samples=params.samples,
+            slots=(engine.bucket(shared), engine.bucket(rest), engine.bucket(params.max_new_tokens)),
+            prefix=prefix,
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+        )
+
+    before = RUBRIC_BEFORE // 4 * 4
+    return {
+        "responses": shape(1, s.responses, 4, CHAT_FRAME + instruction, 0),
+        "judgements": shape(s.responses.samples, s.judging, before, instruction, answer + RUBRIC_BEHIND + CHAT_FRAME),
+    }
+
+
+def mesh_pair(shape: MeshShape, devices: Sequence[jax.Device]) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+    """The meshes to train and to sample on, over the same devices in the same order."""
+    return meshes.train_mesh_over(shape, devices), meshes.sample_mesh_over(shape, devices)
+
+
+def placed(mesh: jax.sharding.Mesh, table, tree):
+    """Shapes of weights, or of what an optimizer keeps of them, with their places."""
+    places = rules.model_shardings(mesh, table, tree)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, places)
+
+
+def _token_batch(rows: int, length: int, place: jax.sharding.NamedSharding) -> TokenBatch:
+    shape = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
+    return TokenBatch(shape(jnp.int32), shape(jnp.int32), shape(jnp.float32), shape(jnp.int32), shape(jnp.int32))
+
+
+def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(mesh))
+
+
+def row_length(s: Settings) -> int:
+    """Positions of a row at most."""
+    return -(-s.context_length // s.length_multiple) * s.length_multiple
+
+
+def train_split(shape: MeshShape) -> Split:
+    return Split(rows=shape.data * shape.fsdp, weights=shape.fsdp * shape.tensor, tensor=shape.tensor)
+
+
+def sample_split(shape: MeshShape) -> Split:
+    return Split(rows=shape.data * shape.fsdp, weights=shape.tensor, tensor=shape.tensor)
+
+
+def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
+    """Every program's cost on one chip, by formula."""
+    c, length, split, sample = s.model.llama, row_length(s), train_split(shape), sample_split(shape)
+    found = {
+        "SFT step": formulas.train_cost(
+            c, split, s.sft.train.batch_size, length, s.sft.train.accumulate, s.sft.dropout
+        ),
+        "reference": formulas.forward_cost(c, split, s.reference_batch, length),
+        "DPO step": formulas.train_cost(
+            c, split, 2 * s.dpo.train.batch_size, length, s.dpo.train.accumulate, s.dpo.dropout
+        ),
+    }
+    for stage, x in sampling_shapes(s, sample.rows).items():
+        decode = formulas.decode_cost(c, sample, x.groups, x.prompts, x.samples, x.slots, s.engine.steps)
+        found[f"prefill, {stage}"] = formulas.prefill_cost(
+            c, sample, x.at_once, x.prompts, x.slots[:2], decode.resident_bytes
+        )
+        found[f"decode, {stage}"] = decode
+    both = formulas.param_bytes(c) * (1 / split.weights + 1 / sample.weights)
+    moved = formulas.param_bytes(c) * (1 / sample.weights - 1 / split.weights)
+    found["reshard"] = Cost(flops=0.0, memory_bytes=both, link_bytes=moved, resident_bytes=both)
+    return found
+
+
+def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> list[Program]:
+    """Every program of the iteration, for devices that may be descriptions alone."""
+    train_mesh, sample_mesh = mesh_pair(shape, devices)
+    shapes, cost = llama.abstract(s.model.llama), costs(s, shape)
+    to_train, to_sample = placed(train_mesh, rules.TRAIN, shapes), placed(sample_mesh, rules.SAMPLE, shapes)
+    rows = rules.sharding(train_mesh, rules.TRAIN, ("batch",))
+    length = row_length(s)
+
+    def step(name: str, objective: Objective, part, batch) -> Program:
+        function, tx = make_train_step(objective, part.train.optimizer, part.train.steps, part.train.accumulate)
+        state = placed(train_mesh, rules.TRAIN, jax.eval_shape(tx.init, shapes))
+        arguments = {"weights": to_train, "optimizer": state, "batch": batch, "key": _key(train_mesh)}
+        return Program(name, function, arguments, train_mesh, 1, cost[name])
+
+    sft = SftObjective(dropout=s.sft.dropout, logprob_chunk=s.logprob_chunk)
+    dpo = DpoObjective(beta=s.dpo.beta, dropout=s.dpo.dropout, logprob_chunk=s.logprob_chunk)
+    pairs = s.dpo.train.batch_size
+    half = _token_batch(pairs, length, rows)
+    sums = jax.ShapeDtypeStruct((pairs,), jnp.float32, sharding=rows)
+    found = [
+        step("SFT step", sft, s.sft, _token_batch(s.sft.train.batch_size, length, rows)),
+        Program(
+            "reference",
+            lambda weights, batch: training.compiled_logprobs(weights, batch, s.logprob_chunk, None),
+            {"weights": to_train, "batch": _token_batch(s.reference_batch, length, rows)},
+            train_mesh,
+            1,
+            cost["reference"],
+        ),
+        step("DPO step", dpo, s.dpo, PairBatch(half, half, sums, sums)),
+    ]
+    for stage, x in sampling_shapes(s, sample_mesh.shape["data"]).items():
+        found += _sampling(s, stage, x, to_sample, sample_mesh, cost)
+    like = jax.tree.map(lambda x: x.sharding, to_sample)
+    reshard = jax.jit(lambda weights: weights, out_shardings=like)
+    return [*found, Program("reshard", reshard, {"weights": to_train}, sample_mesh, 1, cost["reshard"])]
+
+
+def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cost) -> list[Program]:
+    seed = jax.eval_shape(lambda: jax.random.key(0))
+    prefix = jax.eval_shape(dec.prefill_prefix, model, jax.ShapeDtypeStruct((1, x.prefix), jnp.int32))
+    stops = 8  # tokens of the longest stop sequence; a few numbers a row
+    state = jax.eval_shape(
+        lambda prefix, seed: dec.start(model, prefix, x.groups, x.prompts, x.samples, x.slots, stops, seed),
+        prefix,
+        seed,
+    )
+    state: DecodeState = jax.tree.map(
+        lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, engine.shardings(mesh, state)
+    )
+    whole = rules.replicated(mesh)
+    array = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
+    A, P = x.at_once, x.prompts
+    new = Admission(
+        slot_A=array(jnp.int32, A),
+        group_tokens_AT=array(jnp.int32, A, x.slots[0]),
+        group_length_A=array(jnp.int32, A),
+        prompt_tokens_APT=array(jnp.int32, A, P, x.slots[1]),
+        prompt_length_AP=array(jnp.int32, A, P),
+        last_AP=array(jnp.int32, A, P),
+        present_AP=array(bool, A, P),
+        address_A=array(jnp.uint32, A, 2),
+    )
+    config = DecodeConfig(
+        temperature=x.temperature, top_p=x.top_p, max_new_tokens=x.max_new_tokens, steps=s.engine.steps
+    )
+    names = [f"prefill, {stage}", f"decode, {stage}"]
+    given = {"weights": model, "cache": state}
+    return [
+        Program(names[0], dec.admit, given | {"admission": new, "key": _key(mesh)}, mesh, 1, cost[names[0]]),
+        Program(
+            names[1],
+            jax.jit(lambda weights, state, stops: dec.decode(weights, state, stops, config), donate_argnums=1),
+            given | {"stops": array(jnp.int32, 3, stops)},
+            mesh,
+            s.engine.steps,
+            cost[names[1]],
+        ),
+    ]
+
+
+def argument_bytes(program: Program) -> list[tuple[str, float]]:
+    """What each array among the arguments takes on one chip, the largest first."""
+    found = []
+    for name, tree in program.arguments.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            keys = re.sub(r"\.value$|\[\.\.\.\]", "", jax.tree_util.keystr(path))
+            size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * (leaf.dtype.itemsize or 8)
+            found.append((f"{name}{keys}", float(size)))
+    return sorted(found, key=lambda one: -one[1])
+
+
+def compile_program(program: Program) -> Compiled | TooLarge:
+    """Compiles for the program's devices; nothing is allocated."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    platform = program.mesh.devices.flat[0].platform
+    try:
+        with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+            function = program.function if hasattr(program.function, "trace") else jax.jit(program.function)
+            traced = function.trace(*program.arguments.values())
+        compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "CompileTimeHbmOom" not in str(error):
+            raise
+        return too_large(str(error))
+    said = compiled.memory_analysis()
+    try:
+        collectives = hlo.collectives(compiled.as_text(), unknown_trips=program.unknown_trips)
+    except jax.errors.JaxRuntimeError:
+        collectives = None  # libtpu 0.0.52 writes some exchanges in a form that jax 0.10.2 cannot read
+    return Compiled(
+        arguments=said.argument_size_in_bytes,
+        output=said.output_size_in_bytes,
+        temporaries=said.temp_size_in_bytes,
+        aliased=said.alias_size_in_bytes,
+        collectives=collectives,
+        wall_s=time.perf_counter() - wall,
+        cpu_s=time.process_time() - cpu,
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+def too_large(said: str) -> TooLarge:
+    """The compiler's refusal, read."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", said)
+    sizes = re.findall(r"Size: ([\d.]+[KMGT]?)\b.*?(?:Shape: (\S+?)[{\s])", said, re.DOTALL)
+    return TooLarge(
+        needed=float(used[1]) * _UNITS[used[2]] if used else None,
+        limit=float(used[3]) * _UNITS[used[4]] if used else None,
+        largest=[f"{shape} ({size})" for size, shape in sizes[:3]],
+        said=said.strip().splitlines()[0][:300],
+    )

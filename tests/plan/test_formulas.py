@@ -1,0 +1,75 @@
+"""The formulas against the compiler's own count, of programs without loops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from srlm_jax.model import llama
+from srlm_jax.model.config import LlamaConfig
+from srlm_jax.plan import formulas
+from srlm_jax.plan.formulas import Split
+from srlm_jax.train import losses
+
+# One layer, so that the loop over layers is none, and wide enough that the products outweigh everything else.
+WIDE = LlamaConfig(
+    V=512, D=256, L=1, N=8, K=4, H=32, F=512, rope_theta=100.0, rope_scaling=None, norm_eps=1e-5,
+    tied=False, param_dtype="float32", compute_dtype="float32", remat=False,
+)  # fmt: skip
+ROWS, LENGTH = 2, 128
+
+
+def counted(function, c):
+    """The compiler's count of `function(model, tokens)`."""
+    tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+    return jax.jit(function).lower(llama.abstract(c), tokens).compile().cost_analysis()["flops"]
+
+
+def total(model, tokens_BT):
+    positions_BT = jnp.broadcast_to(jnp.arange(LENGTH)[None], (ROWS, LENGTH))
+    hidden_BTD, _ = model(tokens_BT, positions_BT, segments_BT=None, cache=None, dropout=None)
+    return jnp.sum(losses.token_logprobs(hidden_BTD, model.head(), tokens_BT, LENGTH))
+
+
+def test_a_forward_pass():
+    assert counted(total, WIDE) == pytest.approx(formulas.forward_flops(WIDE, ROWS, LENGTH), rel=0.04)
+
+
+def test_every_part_of_a_forward_pass():
+    """What one number of the model adds, the compiler counts as the formula does."""
+    for field, size in {"F": 1024, "V": 1024, "N": 16, "K": 8}.items():
+        other = dataclasses.replace(WIDE, **{field: size})
+        added = counted(total, other) - counted(total, WIDE)
+        wanted = formulas.forward_flops(other, ROWS, LENGTH) - formulas.forward_flops(WIDE, ROWS, LENGTH)
+        assert added == pytest.approx(wanted, rel=0.07), field
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients(remat):
+    c = dataclasses.replace(WIDE, remat=remat)
+    assert counted(jax.grad(total), c) == pytest.approx(formulas.train_flops(c, ROWS, LENGTH), rel=0.05)
+
+
+def test_layers_count_as_often_as_they_run():
+    one, three = (formulas.block_flops(dataclasses.replace(WIDE, L=layers), 64, 128) for layers in (1, 3))
+    assert three == 3 * one
+
+
+def test_decoding_reads_each_level_once_for_those_that_share_it():
+    """4 groups of 2 prompts of 3 samples on one chip: 4 x 16 + 8 x 32 + 24 x 64 slots, and the weights, each step."""
+    alone = Split(rows=1, weights=1, tensor=1)
+    cost = formulas.decode_cost(WIDE, alone, 4, 2, 3, (16, 32, 64), steps=5)
+    slots = 4 * 16 + 8 * 32 + 24 * 64
+    assert cost.memory_bytes == 5 * (4 * WIDE.parameters + slots * 2 * 1 * 4 * 32 * 4)
+    assert cost.link_bytes == 0
+
+
+def test_chips_share_what_can_be_shared():
+    alone = formulas.train_cost(WIDE, Split(rows=1, weights=1, tensor=1), 8, LENGTH, 1, 0.1)
+    shared = formulas.train_cost(WIDE, Split(rows=4, weights=8, tensor=2), 8, LENGTH, 1, 0.1)
+    assert shared.flops == alone.flops / 8
+    assert alone.link_bytes == 0 < shared.link_bytes
+    assert shared.resident_bytes < alone.resident_bytes / 4
+    # Three rows for four chips: each computes all of them.
+    assert Split(rows=4, weights=8, tensor=2).own_rows(3) == 3

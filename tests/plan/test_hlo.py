@@ -1,0 +1,120 @@
+"""Traffic between chips, read from what the compiler wrote: programs for eight CPU devices, and lines of a TPU's."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from srlm_jax.parallel import rules
+from srlm_jax.parallel.mesh import MeshShape, train_mesh
+from srlm_jax.plan import hlo
+
+RULES = {"rows": ("fsdp",), "columns": ("tensor",), "whole": ()}
+
+
+def compiled(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return train_mesh(MeshShape(data=1, fsdp=4, tensor=2))
+
+
+def array(mesh, shape, *axes):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rules.sharding(mesh, RULES, axes))
+
+
+def test_what_a_loop_does_counts_as_often_as_it_runs(mesh):
+    """Three layers, each a product over a split axis: 64 x 32 numbers of 4 bytes, reduced over two devices."""
+
+    def layers(x, w):
+        def layer(x, w):
+            y = x @ w
+            return jax.lax.with_sharding_constraint(y, rules.sharding(mesh, RULES, ("whole", "columns"))) * 2, None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    x = array(mesh, (64, 32), "whole", "columns")
+    text = compiled(layers, x, array(mesh, (3, 32, 32), "whole", "columns", "whole"))
+    found = [one for one in hlo.collectives(text, unknown_trips=1) if one.runs == 3]
+    assert found
+    assert {one.group for one in found} == {2}
+    whole = 64 * 32 * 4
+    assert sum(one.total for one in found) in (3 * whole, 3 * whole / 2)  # reduced whole, or in halves
+
+
+def test_a_gather_brings_what_a_device_lacks(mesh):
+    def gather(x):
+        return jax.lax.with_sharding_constraint(x, rules.replicated(mesh))
+
+    (found,) = hlo.collectives(compiled(gather, array(mesh, (64, 32), "rows", "whole")), unknown_trips=1)
+    assert (found.kind, found.group, found.runs) == ("all-gather", 4, 1)
+    assert found.received == 64 * 32 * 4 * 3 / 4
+
+
+def test_nothing_is_found_where_nothing_is_exchanged(mesh):
+    assert hlo.collectives(compiled(lambda x: x * 2, array(mesh, (64, 32), "rows", "columns")), unknown_trips=1) == []
+
+
+# As the TPU's compiler writes it: an exchange spread over two fusions of a loop of 8, whose end is a comparison.
+TPU = """HloModule jit_step
+
+%fused.1 (p: bf16[256,64]) -> bf16[4096,64] {
+  %g.1 = bf16[4096,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4,'y'=4] {'y'}
+}
+
+%fused.2 (p: bf16[256,64]) -> bf16[4096,64] {
+  %g.2 = bf16[4096,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4,'y'=4] {'y'}
+}
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %c.9 = s32[]{:T(128)} constant(8)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%i, %c.9), direction=LT
+}
+
+%open (p: (s32[], f32[8])) -> pred[] {
+  %c.1 = s32[] constant(16)
+  %lt.3 = pred[] compare(%i, %c.1), direction=LT
+  ROOT %both = pred[] and(%lt.3, %any)
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x.1 = bf16[4096,64]{1,0} fusion(%p), kind=kOutput, calls=%fused.1
+  %x.2 = bf16[4096,64]{1,0} fusion(%p), kind=kOutput, calls=%fused.2
+  %s = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x.3), channel_id=9, source_target_pairs={{0,1}}
+}
+
+%outer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %w.2 = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w.1 = (s32[], f32[8]) while(%t), condition=%open, body=%outer
+  %r = (f32[6]{0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%add
+  %q = f32[4]{0} reduce-scatter(%a), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_a_tpu_program():
+    found = {one.kind: one for one in hlo.collectives(TPU, unknown_trips=16)}
+    assert len(found) == 4
+    gather, permute = found["all-gather"], found["collective-permute"]
+    assert (gather.runs, gather.group, gather.received) == (16 * 8, 4, 4096 * 64 * 2 * 3 / 4)
+    assert (permute.runs, permute.received) == (16 * 8, 32)
+    assert (found["all-reduce"].group, found["all-reduce"].received) == (8, 2 * (24 + 8) * 7 / 8)
+    assert (found["reduce-scatter"].group, found["reduce-scatter"].received) == (4, 16 * 3)
+
+
+def test_sums_by_kind():
+    sums = hlo.by_kind(hlo.collectives(TPU, unknown_trips=2))
+    assert sums["collective-permute"] == {"count": 16, "bytes": 16 * 32}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("f32[2,3]{1,0}", 24), ("bf16[]", 2), ("pred[7]", 7), ("s8[5]", 5), ("f8e4m3fn[4]", 4), ("u64[2]", 16)],
+)
+def test_sizes_of_arrays(text, size):
+    assert [count for _, count in hlo.array_bytes(text)] == [size]
