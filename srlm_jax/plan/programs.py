@@ -279,7 +279,7 @@ def compile_program(program: Program) -> Compiled | TooLarge:
     try:
         collectives = hlo.collectives(compiled.as_text(), unknown_trips=program.unknown_trips)
     except jax.errors.JaxRuntimeError:
-        collectives = None  # libtpu 0.0.52 writes some exchanges in a form that jax 0.10.2 cannot read
+        collectives = None  # a libtpu newer than its jax writes some exchanges in a form unknown to it
     return Compiled(
         arguments=said.argument_size_in_bytes,
         output=said.output_size_in_bytes,
