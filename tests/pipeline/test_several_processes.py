@@ -21,7 +21,6 @@ from srlm_jax.storage import jsonl
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-COMPILE_FAST = "--xla_backend_optimization_level=0"  # as in conftest.py
 TIMEOUT_S = 20  # after which a process that is silent counts as gone
 CLOCK = ("seconds", "tokens_per_second")
 
@@ -33,7 +32,7 @@ def start(tmp_path_factory):
 
     def start(workdir, processes):
         environment = os.environ | {
-            "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count={8 // processes}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": compiled,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
