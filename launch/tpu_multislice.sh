@@ -3,13 +3,13 @@
 # runs on all of their hosts.
 #
 #   export TPU=NAME SLICES=2 TYPE=v5p-128 RUNTIME=v2-alpha-tpuv5 ZONE=us-east5-a PROJECT=NAME WORKDIR=gs://BUCKET/RUN
-#   launch/tpu_multislice.sh --config=configs/iter3.py:llama2_70b --config.model.path=gs://BUCKET/Llama-2-70b-hf ...
+#   launch/tpu_multislice.sh --config=configs/iter3.py:llama2_70b --config.model.path=gs://BUCKET/llama2_70b ...
 #   launch/tpu_multislice.sh --dry-run --config=...    prints what it would do, ready for a shell, and does nothing
 #   REQUEST=--spot launch/tpu_multislice.sh ...        more words for the request: --spot, --reserved, --network=NAME
 #
 # TPU is the name of the queued resource, which stays when the run ends, and costs:
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --project=NAME --force
-# All arguments go to `python -m srlm_jax.main` as they are, on each host, and what it reads must lie where each host can
+# The model is a checkpoint that `srlm_jax.convert --to=native` made. All arguments go to `python -m srlm_jax.main` as they are, on each host, and what it reads must lie where each host can
 # read it. Interrupted or preempted, it goes on when started again the same way: slices that are gone are asked for
 # anew, and all that it needs is in WORKDIR.
 set -euo pipefail

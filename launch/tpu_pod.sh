@@ -2,10 +2,11 @@
 # Makes models on all hosts of one TPU slice, from any machine that has gcloud.
 #
 #   export TPU=NAME ZONE=us-east5-a PROJECT=NAME WORKDIR=gs://BUCKET/RUN
-#   launch/tpu_pod.sh --config=configs/iter3.py:llama2_7b --config.model.path=gs://BUCKET/Llama-2-7b-hf ...
+#   launch/tpu_pod.sh --config=configs/iter3.py:llama2_7b --config.model.path=gs://BUCKET/llama2_7b ...
 #   launch/tpu_pod.sh --dry-run --config=...    prints what it would do, ready for a shell, and does nothing
 #
-# TPU is a TPU VM that runs (gcloud compute tpus tpu-vm create). All arguments go to `python -m srlm_jax.main` as they
+# TPU is a TPU VM that runs (gcloud compute tpus tpu-vm create). The model is a checkpoint that `srlm_jax.convert
+# --to=native` made. All arguments go to `python -m srlm_jax.main` as they
 # are, on each host, and what it reads must lie where each host can read it. Interrupted or preempted, it goes on when
 # started again the same way, on the same slice or a new one: all that it needs is in WORKDIR.
 set -euo pipefail
