@@ -9,9 +9,10 @@
 #
 # TPU is the name of the queued resource, which stays when the run ends, and costs:
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --project=NAME --force
-# The model is a checkpoint that `srlm_jax.convert --to=native` made. All arguments go to `python -m srlm_jax.main` as they are, on each host, and what it reads must lie where each host can
-# read it. Interrupted or preempted, it goes on when started again the same way: slices that are gone are asked for
-# anew, and all that it needs is in WORKDIR.
+# The model is a checkpoint that `python -m srlm_jax.convert --to=native` made. All arguments go to `python -m
+# srlm_jax.main` as they are, on each host, and what it reads must lie where each host can read it. Interrupted or
+# preempted, it goes on when started again the same way: slices that are gone are asked for anew, and all that it needs is
+# in WORKDIR.
 set -euo pipefail
 
 fail() {

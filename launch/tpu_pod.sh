@@ -5,10 +5,10 @@
 #   launch/tpu_pod.sh --config=configs/iter3.py:llama2_7b --config.model.path=gs://BUCKET/llama2_7b ...
 #   launch/tpu_pod.sh --dry-run --config=...    prints what it would do, ready for a shell, and does nothing
 #
-# TPU is a TPU VM that runs (gcloud compute tpus tpu-vm create). The model is a checkpoint that `srlm_jax.convert
-# --to=native` made. All arguments go to `python -m srlm_jax.main` as they
-# are, on each host, and what it reads must lie where each host can read it. Interrupted or preempted, it goes on when
-# started again the same way, on the same slice or a new one: all that it needs is in WORKDIR.
+# TPU is a TPU VM that runs (gcloud compute tpus tpu-vm create). The model is a checkpoint that `python -m
+# srlm_jax.convert --to=native` made. All arguments go to `python -m srlm_jax.main` as they are, on each host, and what it
+# reads must lie where each host can read it. Interrupted or preempted, it goes on when started again the same way, on the
+# same slice or a new one: all that it needs is in WORKDIR.
 set -euo pipefail
 
 fail() {
