@@ -83,7 +83,7 @@ def test_weights_that_devices_share_give_the_same_answers(folder, monkeypatch):
         (3, "--tensor=3 does not divide the 8 devices"),
         (
             4,
-            "tensor is 4, which does not divide axis 'kv_heads' of size 2 of weight .blocks.k (2, 16, 2, 8)",
+            "mesh.tensor is 4, which does not divide axis 'kv_heads' of size 2 of weight .blocks.k (2, 16, 2, 8)",
         ),
     ],
 )

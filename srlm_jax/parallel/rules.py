@@ -92,9 +92,9 @@ def model_shardings(mesh: jax.sharding.Mesh, rules: Mapping[str, MeshAxes], mode
                 whole = math.gcd(*(n for _, w in weights for to, _, n in _split(rules, w) if to == mesh_axis))
                 fitting = [n for n in range(1, mesh.size + 1) if whole % n == 0 and mesh.size % n == 0]
                 raise ValueError(
-                    f"config.mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not divide axis {axis!r} of size "
+                    f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not divide axis {axis!r} of size "
                     f"{size} of weight {jax.tree_util.keystr(path)} {tuple(weight.shape)}: of {mesh.size} devices, "
-                    f"config.mesh.{mesh_axis} can be {' or '.join(map(str, fitting))} for this model"
+                    f"mesh.{mesh_axis} can be {' or '.join(map(str, fitting))} for this model"
                 )
 
     def place(weight: nnx.Param | jax.Array) -> nnx.Param | jax.sharding.NamedSharding:
