@@ -115,8 +115,8 @@ def arrange(shape: MeshShape, devices: Sequence[jax.Device]) -> np.ndarray:
     """
     shape = resolve(shape, len(devices))
     sizes = (shape.data, shape.fsdp, shape.tensor)
-    # GPUs have a slice_index too, one a node; see MeshShape.
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # GPUs have a slice_index too, one a node; see MeshShape. Devices of a slice that is only described have none.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     # A shape that does not follow the torus is slower, and still better than none.
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
