@@ -176,8 +176,10 @@ def test_no_program_gathers_all_layers(tiny_plan):
     c = tiny_plan.settings.model.llama
     for program in tiny_plan.programs:
         gathered = [one for one in program.compiled.collectives if one.kind == "all-gather"]
+        # What has five axes is no weight: new keys and values, on their way to the slots of their rows.
+        weights = [one for one in gathered if one.result.count(",") < 4]
         if program.name != "reshard":
-            assert all(numbers(one) < c.L * c.D * c.F // 2 for one in gathered), program.name
+            assert all(numbers(one) < c.L * c.D * c.F // 2 for one in weights), program.name
 
 
 @needs_libtpu
