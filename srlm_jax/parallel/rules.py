@@ -103,6 +103,12 @@ def model_shardings(mesh: jax.sharding.Mesh, rules: Mapping[str, MeshAxes], mode
     return jax.tree.map(place, model, is_leaf=_is_weight)
 
 
+def placed(mesh: jax.sharding.Mesh, rules: Mapping[str, MeshAxes], model: Tree) -> Tree:
+    """The shapes of a tree of weights, each with its place by `model_shardings`."""
+    places = model_shardings(mesh, rules, model)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), model, places)
+
+
 def keep_in_place(rules: Mapping[str, MeshAxes], model: Tree) -> Tree:
     """Inside a compiled function, under `jax.set_mesh`: leaves weights, or an optimizer's state, where
     `model_shardings` puts them; without a mesh, where the compiler does.

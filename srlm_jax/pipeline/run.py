@@ -91,9 +91,7 @@ class Run:
 
     def _load(self, name: str, mesh: jax.sharding.Mesh, table: dict[str, rules.MeshAxes]) -> Llama:
         """The model of this run called `name` from its checkpoint, straight into its place on the mesh."""
-        shapes = llama.abstract(self.settings.model.llama)
-        places = rules.model_shardings(mesh, table, shapes)
-        like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, places)
+        like = rules.placed(mesh, table, llama.abstract(self.settings.model.llama))
         return checkpoint.load_model(self.workdir / name / "checkpoint", like)
 
     def load_to_train(self, name: str) -> Llama:
@@ -230,9 +228,9 @@ def make_run(settings: Settings, code: str) -> Run:
       ValueError: the mesh does not fit the devices, or they cannot share a batch.
     """
     path = settings.model.path
+    settings = with_numbers(settings)
     if path is not None:
         with naming("config.model.path"):
-            settings = dataclasses.replace(settings, model=_numbers_of(path, settings.model))
             tokenizer, rubric = load_tokenizer(path), paper_rubric()
     elif settings.world is None or settings.pretraining is None:
         raise BadConfig(
@@ -297,8 +295,18 @@ def check_batches(settings: Settings, groups: int) -> None:
             )
 
 
-def _numbers_of(path: str, wanted: ModelSettings) -> ModelSettings:
-    found = weights.read_config(
-        epath.Path(path), param_dtype=wanted.param_dtype, compute_dtype=wanted.compute_dtype, remat=wanted.remat
-    )
-    return ModelSettings(path=path, **{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
+def with_numbers(settings: Settings) -> Settings:
+    """`settings` with the numbers of the model in config.model.path, where that is given.
+
+    Raises:
+      BadConfig: they cannot be read.
+    """
+    model = settings.model
+    if model.path is None:
+        return settings
+    with naming("config.model.path"):
+        found = weights.read_config(
+            epath.Path(model.path), param_dtype=model.param_dtype, compute_dtype=model.compute_dtype, remat=model.remat
+        )
+    numbers = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return dataclasses.replace(settings, model=ModelSettings(path=model.path, **numbers))

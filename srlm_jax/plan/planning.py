@@ -3,12 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from etils import epath
-
-from srlm_jax.model import weights
 from srlm_jax.parallel.mesh import MeshShape, resolve
-from srlm_jax.pipeline.run import check_batches, naming
-from srlm_jax.pipeline.settings import BadConfig, ModelSettings, Settings
+from srlm_jax.pipeline.run import check_batches, with_numbers
+from srlm_jax.pipeline.settings import BadConfig, Settings
 from srlm_jax.plan import chips, hlo, programs, stages
 from srlm_jax.plan.chips import Slice
 from srlm_jax.plan.formulas import Cost
@@ -71,23 +68,6 @@ class Plan:
     @property
     def chip_hours(self) -> float:
         return self.seconds * self.where.chips / 3600
-
-
-def with_numbers(settings: Settings) -> Settings:
-    """`settings` with the numbers of the model in config.model.path, where that is given.
-
-    Raises:
-      BadConfig: they cannot be read.
-    """
-    model = settings.model
-    if model.path is None:
-        return settings
-    with naming("config.model.path"):
-        found = weights.read_config(
-            epath.Path(model.path), param_dtype=model.param_dtype, compute_dtype=model.compute_dtype, remat=model.remat
-        )
-    numbers = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    return dataclasses.replace(settings, model=ModelSettings(path=model.path, **numbers))
 
 
 def refusal(settings: Settings, shape: MeshShape) -> str | None:

@@ -112,17 +112,6 @@ def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
     }
 
 
-def mesh_pair(shape: MeshShape, devices: Sequence[jax.Device]) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-    """The meshes to train and to sample on, over the same devices in the same order."""
-    return meshes.train_mesh_over(shape, devices), meshes.sample_mesh_over(shape, devices)
-
-
-def placed(mesh: jax.sharding.Mesh, table, tree):
-    """Shapes of weights, or of what an optimizer keeps of them, with their places."""
-    places = rules.model_shardings(mesh, table, tree)
-    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, places)
-
-
 def _token_batch(rows: int, length: int, place: jax.sharding.NamedSharding) -> TokenBatch:
     shape = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
     return TokenBatch(shape(jnp.int32), shape(jnp.int32), shape(jnp.float32), shape(jnp.int32), shape(jnp.int32))
@@ -172,15 +161,15 @@ def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
 
 def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> list[Program]:
     """Every program of the iteration, for devices that may be descriptions alone."""
-    train_mesh, sample_mesh = mesh_pair(shape, devices)
+    train_mesh, sample_mesh = meshes.train_mesh_over(shape, devices), meshes.sample_mesh_over(shape, devices)
     shapes, cost = llama.abstract(s.model.llama), costs(s, shape)
-    to_train, to_sample = placed(train_mesh, rules.TRAIN, shapes), placed(sample_mesh, rules.SAMPLE, shapes)
+    to_train, to_sample = rules.placed(train_mesh, rules.TRAIN, shapes), rules.placed(sample_mesh, rules.SAMPLE, shapes)
     rows = rules.sharding(train_mesh, rules.TRAIN, ("batch",))
     length = row_length(s)
 
     def step(name: str, objective: Objective, part, batch) -> Program:
         function, tx = make_train_step(objective, part.train.optimizer, part.train.steps, part.train.accumulate)
-        state = placed(train_mesh, rules.TRAIN, jax.eval_shape(tx.init, shapes))
+        state = rules.placed(train_mesh, rules.TRAIN, jax.eval_shape(tx.init, shapes))
         arguments = {"weights": to_train, "optimizer": state, "batch": batch, "key": _key(train_mesh)}
         return Program(name, function, arguments, train_mesh, 1, cost[name])
 
