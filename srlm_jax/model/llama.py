@@ -90,7 +90,8 @@ class Llama(nnx.Module):
           segments_BT: without a cache, which document of a packed row a token belongs to; tokens attend within their
             document only, to themselves and what came before. None: each row is one document.
           cache: with one, tokens attend as it says (see `Cache`), and `segments_BT` must be None.
-          dropout: residual and attention dropout, for training.
+          dropout: of what each half of a block adds to the residual stream, for training. The attention's weights have
+            none: a random number for every score costs more than all else, and no fused kernel draws them.
         """
         c = self.config
         B, T = tokens_BT.shape
@@ -121,17 +122,17 @@ class Llama(nnx.Module):
                     for kv, new in zip(leaf, (k_BKTH, v_BKTH), strict=True)
                 )
                 k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(kv, layer, keepdims=False) for kv in leaf)
-            parts = [ops.attend(q_BNTH, k_BKSH, v_BKSH, mask_BTS[:, None], drop and drop.fold(0))]
+            parts = [ops.attend(q_BNTH, k_BKSH, v_BKSH, mask_BTS[:, None])]
             parts += [
-                ops.attend(q_BNTH, k, v, level.valid_RS[:, None, None], None)
+                ops.attend(q_BNTH, k, v, level.valid_RS[:, None, None])
                 for level, (k, v) in zip(parents, parent_kvs, strict=True)
             ]
             a_BNTH = ops.merge_attention(*map(list, zip(*parts, strict=True)))
             a_BTD = ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D))
-            x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(1)(a_BTD))
+            x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(0)(a_BTD))
             h_BTD = ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps)
             m_BTD = ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...])
-            x_BTD = x_BTD + (m_BTD if drop is None else drop.fold(2)(m_BTD))
+            x_BTD = x_BTD + (m_BTD if drop is None else drop.fold(1)(m_BTD))
             return (rules.constrain(x_BTD, "batch", "tokens", "embed"), leaf), None
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]

@@ -73,7 +73,6 @@ def attend(
     k_RKSH: Float[Array, "R K S H"],
     v_RKSH: Float[Array, "R K S H"],
     mask_RCTS: Bool[Array, "#R #C #T S"],
-    dropout: Dropout | None,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
     """Softmax attention, and the log-sum-exp of its scores (float32), by which parts of one attention are merged.
 
@@ -91,8 +90,6 @@ def attend(
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     lse = (top + jnp.log(total))[..., 0]
-    if dropout is not None:
-        weights = dropout(weights)
     weights = weights.astype(v_RKSH.dtype).reshape(R, K, C * G * T, S)
     out = jnp.einsum("rkqs,rksh->rkqh", weights, v_RKSH, preferred_element_type=jnp.float32)
     # Divided after the product: H numbers a query instead of S.

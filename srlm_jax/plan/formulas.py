@@ -81,12 +81,12 @@ def _gathered(size: float, group: int) -> float:
     return size * (group - 1) / group
 
 
-def _activations(c: LlamaConfig, split: Split, rows: int, length: int, dropout: float, *, kept: bool) -> float:
+def _activations(c: LlamaConfig, split: Split, rows: int, length: int, *, kept: bool) -> float:
     """Intermediate results alive at once: a block's, and each block's input where gradients are wanted."""
     wide = _BYTES[c.compute_dtype]
     own = split.own_rows(rows) * length
     inputs = own * c.D * wide * (c.L if kept else 1)
-    scores = own * length * c.N // split.tensor * (4 * (2 if kept else 1) + (4 if dropout and kept else 0))
+    scores = own * length * c.N // split.tensor * 4 * (2 if kept else 1)
     mlp = 3 * own * c.F // split.tensor * wide
     return inputs + scores + mlp
 
@@ -102,18 +102,18 @@ def forward_cost(c: LlamaConfig, split: Split, rows: int, length: int) -> Cost:
         flops=forward_flops(c, own, length) / split.tensor,
         memory_bytes=weights + scores,
         link_bytes=_gathered(weights, fsdp) + 2 * _gathered(reduced, split.tensor),
-        resident_bytes=param_bytes(c) / split.weights + _activations(c, split, rows, length, 0.0, kept=False),
+        resident_bytes=param_bytes(c) / split.weights + _activations(c, split, rows, length, kept=False),
     )
 
 
-def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate: int, dropout: float) -> Cost:
+def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate: int) -> Cost:
     """One update by AdamW from `rows` rows, cut into `accumulate` microbatches."""
     own, wide = split.own_rows(rows), _BYTES[c.compute_dtype]
     fsdp = split.weights // split.tensor
     weights = c.parameters * wide / split.tensor
     passes = 3 if c.remat else 2  # forward, again, and back
     kept = param_bytes(c) / split.weights
-    scores = own * length**2 * c.N / split.tensor * c.L * 4 * 2 * (passes + (1 if dropout else 0))
+    scores = own * length**2 * c.N / split.tensor * c.L * 4 * 2 * passes
     reduced = 2 * passes * c.L * own * length * c.D * wide
     return Cost(
         flops=train_flops(c, own, length) / split.tensor,
@@ -121,7 +121,7 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
         memory_bytes=accumulate * passes * weights + 7 * kept + scores,
         # Gradients are reduced as often as weights are gathered for a pass.
         link_bytes=accumulate * _gathered((passes + 1) * weights, fsdp) + 2 * _gathered(reduced, split.tensor),
-        resident_bytes=4 * kept + _activations(c, split, rows // accumulate, length, dropout, kept=True),
+        resident_bytes=4 * kept + _activations(c, split, rows // accumulate, length, kept=True),
     )
 
 

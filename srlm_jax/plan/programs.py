@@ -139,13 +139,9 @@ def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
     """Every program's cost on one chip, by formula."""
     c, length, split, sample = s.model.llama, row_length(s), train_split(shape), sample_split(shape)
     found = {
-        "SFT step": formulas.train_cost(
-            c, split, s.sft.train.batch_size, length, s.sft.train.accumulate, s.sft.dropout
-        ),
+        "SFT step": formulas.train_cost(c, split, s.sft.train.batch_size, length, s.sft.train.accumulate),
         "reference": formulas.forward_cost(c, split, s.reference_batch, length),
-        "DPO step": formulas.train_cost(
-            c, split, 2 * s.dpo.train.batch_size, length, s.dpo.train.accumulate, s.dpo.dropout
-        ),
+        "DPO step": formulas.train_cost(c, split, 2 * s.dpo.train.batch_size, length, s.dpo.train.accumulate),
     }
     for stage, x in sampling_shapes(s, sample.rows).items():
         decode = formulas.decode_cost(c, sample, x.groups, x.prompts, x.samples, x.slots, s.engine.steps)

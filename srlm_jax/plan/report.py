@@ -123,8 +123,8 @@ def advice(program: PlannedProgram) -> list[str]:
     else:
         part = program.name.split()[0].lower()
         change = (
-            f"raise config.{part}.train.accumulate, set config.{part}.dropout to 0 (each attention score has a random "
-            "number), raise config.mesh.tensor, lower config.context_length, or use more chips"
+            f"raise config.{part}.train.accumulate or config.mesh.tensor, lower config.context_length, or use "
+            "more chips"
         )
     return [*lines, f"  to change: {change}"]
 

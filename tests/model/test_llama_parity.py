@@ -104,7 +104,7 @@ def test_attention(pair, torch):
     angles = ops.rope_angles(jnp.asarray(positions), c.H, c.rope_theta, c.rope_scaling)
     q, k = (ops.rotate(project(jnp.asarray(x), weight[0]), *angles) for weight in (w.q, w.k))
     causal = jnp.tril(jnp.ones((7, 7), bool))
-    out, _ = ops.attend(q, k, project(jnp.asarray(x), w.v[0]), causal[None, None], None)
+    out, _ = ops.attend(q, k, project(jnp.asarray(x), w.v[0]), causal[None, None])
     found = jnp.einsum("bnth,nhd->btd", out, w.o[0])
 
     x = torch.tensor(x)

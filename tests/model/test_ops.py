@@ -98,7 +98,7 @@ def test_attention_by_hand():
     # One query of head width 4: scores 2 * log(3) / sqrt(4) = log 3 and 0, so weights 3/4 and 1/4.
     q, k = jnp.array([2 * math.log(3), 0, 0, 0]).reshape(1, 1, 1, 4), jnp.eye(2, 4).reshape(1, 1, 2, 4)
     v = jnp.array([[4.0, 0, 0, 0], [8.0, 0, 0, 0]]).reshape(1, 1, 2, 4)
-    out, lse = ops.attend(q, k, v, jnp.ones((1, 1, 1, 2), bool), None)
+    out, lse = ops.attend(q, k, v, jnp.ones((1, 1, 1, 2), bool))
     np.testing.assert_allclose(out[0, 0, 0], [5.0, 0, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(lse, [[[math.log(4)]]], rtol=1e-6)
 
@@ -108,7 +108,7 @@ def test_attention_is_the_plain_definition(heads):
     N, K = heads
     q, k, v = normal(0, 2, N, 3, 8), normal(1, 2, K, 5, 8), normal(2, 2, K, 5, 8)
     mask = jnp.tril(jnp.ones((3, 5), bool), 2)[None].repeat(2, axis=0).at[1, :, 0].set(False)
-    out, _ = ops.attend(q, k, v, mask[:, None], None)
+    out, _ = ops.attend(q, k, v, mask[:, None])
     np.testing.assert_allclose(out, plain_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
@@ -116,7 +116,7 @@ def test_siblings_read_the_keys_of_their_row():
     # Four rows in two groups of two: row b reads keys b // 2. Each row has its own mask.
     q, k, v = normal(0, 4, 4, 3, 8), normal(1, 2, 2, 5, 8), normal(2, 2, 2, 5, 8)
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (4, 3, 5)).at[:, :, 0].set(True)
-    out, _ = ops.attend(q, k, v, mask.reshape(2, 2, 3, 5), None)
+    out, _ = ops.attend(q, k, v, mask.reshape(2, 2, 3, 5))
     wanted = plain_attention(q, jnp.repeat(k, 2, axis=0), jnp.repeat(v, 2, axis=0), mask)
     np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
 
@@ -125,22 +125,22 @@ def test_merged_attention_is_attention_over_the_union():
     q, k, v = normal(0, 2, 4, 3, 8), normal(1, 2, 2, 9, 8), normal(2, 2, 2, 9, 8)
     mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 3, 9)).at[:, :, 0].set(True)
     cuts = (slice(0, 4), slice(4, 5), slice(5, 9))
-    parts = [ops.attend(q, k[:, :, cut], v[:, :, cut], mask[:, None, :, cut], None) for cut in cuts]
+    parts = [ops.attend(q, k[:, :, cut], v[:, :, cut], mask[:, None, :, cut]) for cut in cuts]
     merged = ops.merge_attention(*map(list, zip(*parts, strict=True)))
     np.testing.assert_allclose(merged, plain_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
 def test_a_part_with_nothing_to_attend_to_has_no_weight():
     q, k, v = normal(0, 1, 2, 3, 8), normal(1, 1, 2, 4, 8), normal(2, 1, 2, 4, 8)
-    full = ops.attend(q, k, v, jnp.ones((1, 1, 3, 4), bool), None)
-    nothing = ops.attend(q, k, 1e6 * v, jnp.zeros((1, 1, 3, 4), bool), None)
+    full = ops.attend(q, k, v, jnp.ones((1, 1, 3, 4), bool))
+    nothing = ops.attend(q, k, 1e6 * v, jnp.zeros((1, 1, 3, 4), bool))
     merged = ops.merge_attention([full[0], nothing[0]], [full[1], nothing[1]])
     np.testing.assert_array_equal(merged, full[0])
 
 
 def test_attention_to_nothing_has_finite_gradients():
     q, k, v = normal(0, 1, 2, 3, 8), normal(1, 1, 2, 4, 8), normal(2, 1, 2, 4, 8)
-    gradient = jax.grad(lambda q: ops.attend(q, k, v, jnp.zeros((1, 1, 3, 4), bool), None)[0].sum())(q)
+    gradient = jax.grad(lambda q: ops.attend(q, k, v, jnp.zeros((1, 1, 3, 4), bool))[0].sum())(q)
     assert np.isfinite(gradient).all()
 
 
