@@ -66,8 +66,8 @@ def test_decoding_reads_each_level_once_for_those_that_share_it():
 
 
 def test_chips_share_what_can_be_shared():
-    alone = formulas.train_cost(WIDE, Split(rows=1, weights=1, tensor=1), 8, LENGTH, 1, 0.1)
-    shared = formulas.train_cost(WIDE, Split(rows=4, weights=8, tensor=2), 8, LENGTH, 1, 0.1)
+    alone = formulas.train_cost(WIDE, Split(rows=1, weights=1, tensor=1), 8, LENGTH, 1)
+    shared = formulas.train_cost(WIDE, Split(rows=4, weights=8, tensor=2), 8, LENGTH, 1)
     assert shared.flops == alone.flops / 8
     assert alone.link_bytes == 0 < shared.link_bytes
     assert shared.resident_bytes < alone.resident_bytes / 4
