@@ -161,9 +161,21 @@ def sample_mesh(shape: MeshShape) -> jax.sharding.Mesh:
     the weights (`tensor` divides their number), and samples for itself; else all share the devices of all."""
     local = jax.local_device_count()
     if jax.process_count() > 1 and local % shape.tensor == 0:
-        alone = MeshShape(data=local // shape.tensor, fsdp=1, tensor=shape.tensor)
-        return sample_mesh_over(alone, jax.local_devices())
+        return _own_mesh(shape.tensor, jax.process_index())
     return sample_mesh_over(shape, jax.devices())
+
+
+def _own_mesh(tensor: int, process: int) -> jax.sharding.Mesh:
+    devices = jax.local_devices(process_index=process)
+    return sample_mesh_over(MeshShape(data=len(devices) // tensor, fsdp=1, tensor=tensor), devices)
+
+
+def beside_one_another(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The sampling meshes of all processes as one, where each has one of its own like `mesh`; else `mesh`."""
+    if jax.process_count() == 1 or mesh.is_multi_process:
+        return mesh
+    each = [_own_mesh(mesh.shape["tensor"], process).devices for process in range(jax.process_count())]
+    return _make(np.concatenate(each), ("data", "tensor"))
 
 
 def sample_mesh_over(shape: MeshShape, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:

@@ -17,6 +17,7 @@ from srlm_jax.model import llama, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.parallel import mesh as meshes
+from srlm_jax.parallel.reshard import reshard
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.generate import ModelGenerate, open_model, stage_key
 from srlm_jax.pipeline.ledger import Ledger
@@ -29,6 +30,14 @@ from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, 
 
 Item = TypeVar("Item")
 Record = TypeVar("Record")
+
+
+@dataclasses.dataclass
+class LiveModel:
+    """The model that a run keeps on its devices between stages, none at first."""
+
+    name: str | None
+    model: Llama | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,7 @@ class Run:
     rubric: Rubric
     train_mesh: jax.sharding.Mesh
     sample_mesh: jax.sharding.Mesh
+    live: LiveModel
 
     @property
     def embedded(self) -> bool:
@@ -89,18 +99,31 @@ class Run:
                     found[f"{field} (content)"] = rows.digest(source)
         return found
 
-    def _load(self, name: str, mesh: jax.sharding.Mesh, table: dict[str, rules.MeshAxes]) -> Llama:
-        """The model of this run called `name` from its checkpoint, straight into its place on the mesh."""
-        like = rules.placed(mesh, table, llama.abstract(self.settings.model.llama))
-        return checkpoint.load_model(self.workdir / name / "checkpoint", like)
+    def keep(self, name: str, model: Llama) -> None:
+        """Keeps a model on the devices, laid out for training, for the stages that need it next; one at a time."""
+        self.live.name, self.live.model = name, model
 
-    def load_to_train(self, name: str) -> Llama:
-        """The model of this run called `name`, laid out for training."""
-        return self._load(name, self.train_mesh, rules.TRAIN)
+    def to_train(self, name: str) -> Llama:
+        """The model of this run called `name`, laid out for training: the one that is kept, or else from its
+        checkpoint, each part straight to its device; then it is kept."""
+        if self.live.name != name:
+            self.live.name = self.live.model = None  # before another takes its room
+            like = rules.placed(self.train_mesh, rules.TRAIN, llama.abstract(self.settings.model.llama))
+            self.keep(name, checkpoint.load_model(self.workdir / name / "checkpoint", like))
+        return self.live.model
 
-    def load_to_sample(self, name: str) -> Llama:
-        """The model of this run called `name`, laid out for sampling."""
-        return self._load(name, self.sample_mesh, rules.SAMPLE)
+    def give_away(self, name: str) -> Llama:
+        """As `to_train`, to one who makes another model of it in its place: it is kept no longer."""
+        model = self.to_train(name)
+        self.live.name = self.live.model = None
+        return model
+
+    def to_sample(self, name: str) -> Llama:
+        """The model of this run called `name`, laid out for sampling and in the dtype that it computes in, which the
+        weights would be cast to at each step: a copy beside the one that is kept."""
+        config = self.settings.model.llama
+        narrow = llama.abstract(dataclasses.replace(config, param_dtype=config.compute_dtype))
+        return reshard(self.to_train(name), rules.placed(self.sample_mesh, rules.SAMPLE, narrow))
 
     def generate(self, name: str, stage: str) -> Generate:
         """The model of this run called `name` as a source of completions: by the server of config.endpoint, or on this
@@ -109,7 +132,7 @@ class Run:
         if server.url is not None:
             return EndpointGenerate(dataclasses.replace(server, model=server.model.replace("{name}", name)))
         return ModelGenerate(
-            model=self.load_to_sample(name),
+            model=self.to_sample(name),
             tokenizer=self.tokenizer,
             chat_format=self.chat,
             config=self.settings.engine,
@@ -262,6 +285,7 @@ def make_run(settings: Settings, code: str) -> Run:
         rubric=rubric,
         train_mesh=train_mesh,
         sample_mesh=sample_mesh,
+        live=LiveModel(None, None),
     )
 
 

@@ -51,7 +51,9 @@ def _train_stage(
             folder=folder,
             title=f"{name}: training",
         )
-        return Outcome(counts, _save(run, name, model))
+        identity = _save(run, name, model)
+        run.keep(name, model)
+        return Outcome(counts, identity)
 
     outputs = [f"{name}/{output}" for output in ("checkpoint", "train_state", "metrics.jsonl", "tensorboard")]
     config = run.config(part, "model", "chat", "logprob_chunk", "length_multiple", "context_length")
@@ -90,7 +92,9 @@ def _take_base(run: Run) -> None:
         places = rules.model_shardings(run.train_mesh, rules.TRAIN, llama.abstract(config))
         with naming("config.model.path"):
             model = weights.load(path, config, places)
-        return Outcome({"parameters": config.parameters}, _save(run, "m0", model))
+        identity = _save(run, "m0", model)
+        run.keep("m0", model)
+        return Outcome({"parameters": config.parameters}, identity)
 
     run.ledger.run("m0/train", work, config=run.config("model"), inputs=(), outputs=("m0/checkpoint",))
 
@@ -126,7 +130,7 @@ def fine_tune(run: Run, name: str, files: Sequence[str], inputs: Sequence[str]) 
         dataset = batches.padded_batches(fitting, length, s.train.batch_size, run.settings.seed)
         objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
         counts = {"examples": len(fitting), "too_many_tokens": len(rows) - len(fitting)}
-        return run.load_to_train("m0"), objective, dataset, counts
+        return run.give_away("m0"), objective, dataset, counts
 
     _train_stage(run, name, make, part="sft", inputs=inputs)
 
@@ -158,7 +162,7 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
         return np.concatenate(found)
 
     def work() -> Outcome:
-        model = run.load_to_train(start)
+        model = run.to_train(start)
         known = jsonl.read(run.workdir / name / "pairs", PreferencePair)
         rows = [example_row(run, pair.prompt, text) for pair in known for text in (pair.chosen, pair.rejected)]
         length = batches.padded_length([row.length for row in rows], s.length_multiple)
@@ -217,6 +221,6 @@ def train_on_preferences(run: Run, name: str, start: str) -> None:
         length = batches.padded_length(lengths, run.settings.length_multiple)
         dataset = batches.pair_batches(rows, length, s.train.batch_size, run.settings.seed)
         objective = DpoObjective(beta=s.beta, dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
-        return run.load_to_train(start), objective, dataset, {"pairs": len(rows)}
+        return run.give_away(start), objective, dataset, {"pairs": len(rows)}
 
     _train_stage(run, name, make, part="dpo", inputs=(f"{name}/reference", f"{start}/train"))

@@ -39,10 +39,9 @@ def param_bytes(c: LlamaConfig) -> int:
     return c.parameters * _BYTES[c.param_dtype]
 
 
-def cast_bytes(c: LlamaConfig) -> int:
-    """Of the copy in the compute dtype that a sampling program makes of all weights before its loops; 0 where they are
-    kept in it."""
-    return 0 if c.param_dtype == c.compute_dtype else c.parameters * _BYTES[c.compute_dtype]
+def sample_bytes(c: LlamaConfig) -> int:
+    """Of all weights, as they are sampled with."""
+    return c.parameters * _BYTES[c.compute_dtype]
 
 
 def kv_token_bytes(c: LlamaConfig) -> int:
@@ -135,9 +134,7 @@ def prefill_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, slots:
     return Cost(
         flops=flops / split.tensor,
         # The group's level and the prompts' are a pass over all weights each.
-        memory_bytes=(param_bytes(c) + cast_bytes(c) + 2 * c.parameters * wide) / split.weights
-        + scores
-        + tokens * kv_token_bytes(c) / split.tensor,
+        memory_bytes=2 * sample_bytes(c) / split.weights + scores + tokens * kv_token_bytes(c) / split.tensor,
         link_bytes=2 * _gathered(2 * c.L * tokens * c.D * wide, split.tensor),
         resident_bytes=held + 2 * tokens * kv_token_bytes(c) / split.tensor,
     )
@@ -149,12 +146,11 @@ def decode_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, samples
     rows = own * prompts * samples
     held = own * (slots[0] + prompts * (slots[1] + samples * slots[2])) * kv_token_bytes(c) / split.tensor
     flops = block_flops(c, rows, sum(slots)) + head_flops(c, rows)
-    cast = cast_bytes(c) / split.weights
-    once = param_bytes(c) / split.weights + cast if cast else 0.0
+    weights = sample_bytes(c) / split.weights
     reduced = 2 * c.L * rows * c.D * wide
     return Cost(
         flops=steps * flops / split.tensor,
-        memory_bytes=once + steps * (c.parameters * wide / split.weights + held),
+        memory_bytes=steps * (weights + held),
         link_bytes=steps * 2 * _gathered(reduced, split.tensor),
-        resident_bytes=param_bytes(c) / split.weights + cast + held,
+        resident_bytes=weights + held,
     )

@@ -23,15 +23,17 @@ class PlannedProgram:
     limit: float  # bytes of memory a chip
     roofline: Roofline
     arguments: list[tuple[str, float]]  # the largest by name, in bytes a chip
+    kept: float  # bytes a chip that the run keeps beside the program's own
 
     @property
     def needed(self) -> float:
         """Bytes of memory a chip; the formula's where the compiler says no number."""
+        own = self.cost.resident_bytes
         if isinstance(self.compiled, Compiled):
-            return self.compiled.peak
-        if isinstance(self.compiled, TooLarge) and self.compiled.needed is not None:
-            return self.compiled.needed
-        return self.cost.resident_bytes
+            own = self.compiled.peak
+        elif isinstance(self.compiled, TooLarge) and self.compiled.needed is not None:
+            own = self.compiled.needed
+        return own + self.kept
 
     @property
     def fits(self) -> bool:
@@ -88,7 +90,15 @@ def refusal(settings: Settings, shape: MeshShape) -> str | None:
 def by_formula(settings: Settings, where: Slice, shape: MeshShape) -> Plan:
     """The plan without a compiler."""
     found = [
-        PlannedProgram(name, cost, None, where.chip.memory, stages.roofline(cost, cost.link_bytes, where), [])
+        PlannedProgram(
+            name,
+            cost,
+            None,
+            where.chip.memory,
+            stages.roofline(cost, cost.link_bytes, where),
+            [],
+            programs.kept_bytes(settings, shape, name),
+        )
         for name, cost in programs.costs(settings, shape).items()
     ]
     return Plan(settings, where, shape, found)
@@ -113,7 +123,8 @@ def by_compiler(
             limit = compiled.limit
         times = stages.roofline(program.cost, link, where)
         arguments = programs.argument_bytes(program)[:5]
-        found.append(PlannedProgram(program.name, program.cost, compiled, limit, times, arguments))
+        kept = programs.kept_bytes(settings, shape, program.name)
+        found.append(PlannedProgram(program.name, program.cost, compiled, limit, times, arguments, kept))
         report(f"{program.name}: {found[-1].needed / chips.GIB:.2f} of {limit / chips.GIB:.2f} GiB a chip")
         if until_refused and not found[-1].fits:
             break

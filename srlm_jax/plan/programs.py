@@ -14,6 +14,7 @@ from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.model import llama
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import mesh as meshes
+from srlm_jax.parallel import reshard as resharding
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape
 from srlm_jax.pipeline import training
@@ -149,17 +150,28 @@ def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
             c, sample, x.at_once, x.prompts, x.slots[:2], decode.resident_bytes
         )
         found[f"decode, {stage}"] = decode
-    both = formulas.param_bytes(c) * (1 / split.weights + 1 / sample.weights)
-    moved = formulas.param_bytes(c) * (1 / sample.weights - 1 / split.weights)
+    both = formulas.param_bytes(c) / split.weights + formulas.sample_bytes(c) / sample.weights
+    moved = formulas.sample_bytes(c) * (1 / sample.weights - 1 / split.weights)
     found["reshard"] = Cost(flops=0.0, memory_bytes=both, link_bytes=moved, resident_bytes=both)
     return found
+
+
+def kept_bytes(s: Settings, shape: MeshShape, name: str) -> float:
+    """What a run keeps on a chip beside a program's own arrays: while it samples with a copy of the weights, they
+    themselves."""
+    c = s.model.llama
+    one_and_the_same = shape.fsdp == 1 and c.param_dtype == c.compute_dtype
+    if not name.startswith(("prefill", "decode")) or one_and_the_same:
+        return 0.0
+    return formulas.param_bytes(c) / train_split(shape).weights
 
 
 def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> list[Program]:
     """Every program of the iteration, for devices that may be descriptions alone."""
     train_mesh, sample_mesh = meshes.train_mesh_over(shape, devices), meshes.sample_mesh_over(shape, devices)
     shapes, cost = llama.abstract(s.model.llama), costs(s, shape)
-    to_train, to_sample = rules.placed(train_mesh, rules.TRAIN, shapes), rules.placed(sample_mesh, rules.SAMPLE, shapes)
+    narrow = llama.abstract(dataclasses.replace(s.model.llama, param_dtype=s.model.compute_dtype))
+    to_train, to_sample = rules.placed(train_mesh, rules.TRAIN, shapes), rules.placed(sample_mesh, rules.SAMPLE, narrow)
     rows = rules.sharding(train_mesh, rules.TRAIN, ("batch",))
     length = row_length(s)
 
@@ -188,9 +200,14 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
     ]
     for stage, x in sampling_shapes(s, sample_mesh.shape["data"]).items():
         found += _sampling(s, stage, x, to_sample, sample_mesh, cost)
-    like = jax.tree.map(lambda x: x.sharding, to_sample)
-    reshard = jax.jit(lambda weights: weights, out_shardings=like)
-    return [*found, Program("reshard", reshard, {"weights": to_train}, sample_mesh, 1, cost["reshard"])]
+    return [*found, _reshard(to_train, to_sample, cost["reshard"])]
+
+
+def _reshard(model: Llama, like: Llama, cost: Cost) -> Program:
+    kept, places = (tuple(x.sharding for x in jax.tree.leaves(tree)) for tree in (model, like))
+    dtypes = tuple(x.dtype for x in jax.tree.leaves(like))
+    function = lambda weights: resharding.relaid(jax.tree.leaves(weights), kept, places, dtypes)
+    return Program("reshard", function, {"weights": model}, places[0].mesh, 1, cost)
 
 
 def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cost) -> list[Program]:

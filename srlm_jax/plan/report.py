@@ -61,9 +61,10 @@ def memory_table(plan: Plan) -> str:
         parts = ["-"] * 4
         if isinstance(compiled, Compiled):
             parts = [_gib(x) for x in (compiled.arguments, compiled.temporaries, compiled.output, compiled.aliased)]
+        parts.append(_gib(program.kept))
         used = f"{_gib(program.needed)} of {_gib(program.limit)}"
         rows.append([program.name, _verdict(program), *parts, used])
-    return table(["GiB a chip", "", "arguments", "temporaries", "output", "aliased", "in all"], rows)
+    return table(["GiB a chip", "", "arguments", "temporaries", "output", "aliased", "kept", "in all"], rows)
 
 
 def cost_table(plan: Plan) -> str:
@@ -180,6 +181,7 @@ def document(plan: Plan, price: float | None) -> dict[str, object]:
             "name": program.name,
             "fits": program.fits,
             "needed": program.needed,
+            "kept": program.kept,
             "limit": program.limit,
             "largest_arguments": dict(program.arguments),
             "formula": dataclasses.asdict(program.cost),

@@ -42,6 +42,12 @@ def test_values_cross_between_processes():
         }  # fmt: skip
 
 
+def test_each_process_samples_with_the_weights_that_all_train_together():
+    for status, difference, errors in both("layouts"):
+        assert status == 0, errors
+        assert difference == 0
+
+
 def test_a_model_that_is_split_over_processes_samples_as_one_that_is_not(one_device):
     from split_model import draw, model
 

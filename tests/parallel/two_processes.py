@@ -6,9 +6,11 @@ import sys
 
 import jax
 import numpy as np
+import split_model
 
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.parallel.mesh import MeshShape, sample_mesh, train_mesh
+from srlm_jax.parallel.reshard import reshard
 
 SHAPE = MeshShape(data=1, fsdp=-1, tensor=1)
 
@@ -32,16 +34,26 @@ def values():
     }
 
 
+def layouts():
+    """How far the weights that each process samples with are from those that both train together."""
+    whole, train, sample = split_model.model(), train_mesh(SHAPE), sample_mesh(SHAPE)
+    assert not sample.is_multi_process
+    places = rules.model_shardings(train, rules.TRAIN, whole)
+    split = jax.tree.map(lambda x, to: hosts.spread(np.asarray(x), to), whole, places)
+    assert not split.blocks.gate[...].is_fully_addressable
+    moved = reshard(split, rules.placed(sample, rules.SAMPLE, whole))
+    return max(
+        jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(np.asarray(x) - np.asarray(y)).max()), moved, whole))
+    )
+
+
 def samples():
     """Greedy and random samples of a model whose every copy is split over both processes."""
-    sys.path.insert(0, os.path.dirname(__file__))
-    from split_model import draw, model
-
     mesh = sample_mesh(MeshShape(data=1, fsdp=-1, tensor=2))
     assert mesh.is_multi_process
-    whole = model()
+    whole = split_model.model()
     places = rules.model_shardings(mesh, rules.SAMPLE, whole)
-    return draw(jax.tree.map(lambda x, to: hosts.spread(np.asarray(x), to), whole, places), mesh)
+    return split_model.draw(jax.tree.map(lambda x, to: hosts.spread(np.asarray(x), to), whole, places), mesh)
 
 
 def other_barrier():
@@ -76,10 +88,4 @@ if __name__ == "__main__":
     address, number, what = sys.argv[1:]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, 2, int(number), heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
-    print(
-        json.dumps(
-            {"values": values, "samples": samples, "other_barrier": other_barrier, "lost": lost, "failed": failed}[
-                what
-            ]()
-        )
-    )
+    print(json.dumps(globals()[what]()))

@@ -148,7 +148,7 @@ def test_m0_is_the_folder_s_model_with_all_that_other_commands_need(config, stor
     assert weights.read_config(m0, **sizes) == source
     places = rules.model_shardings(run.train_mesh, rules.TRAIN, llama.abstract(source))
     wanted = weights.load(stories260k / "hf", source, places)
-    jax.tree.map(np.testing.assert_array_equal, run.load_to_train("m0"), wanted)
+    jax.tree.map(np.testing.assert_array_equal, run.to_train("m0"), wanted)
     assert config_files.hf_fields(epath.Path(m0)) == config_files.hf_fields(epath.Path(stories260k / "meta"))
     assert (m0 / "tokenizer.model").read_bytes() == (stories260k / "hf" / "tokenizer.model").read_bytes()
 

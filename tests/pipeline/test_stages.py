@@ -3,11 +3,13 @@
 import contextlib
 
 import jax
+import numpy as np
 import pytest
 
 from configs.base import get_config
 from srlm_jax.data import world
-from srlm_jax.parallel import hosts
+from srlm_jax.model import llama
+from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline import answering, judging, seeding, training
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, make_run
@@ -24,7 +26,8 @@ from srlm_jax.records import (
     Responses,
     Vote,
 )
-from srlm_jax.storage import jsonl
+from srlm_jax.storage import checkpoint, jsonl
+from srlm_jax.storage.checkpoint import BadCheckpoint
 from srlm_jax.text.self_instruct import Candidate
 
 
@@ -457,3 +460,35 @@ def test_no_vote_is_told_apart_from_all_reasons():
     response = JudgedResponse(response="", tokens=0, finished=True, votes=tuple(votes), score=0.0)
     counts = judging.vote_counts([JudgedPrompt(id="a", prompt="", responses=(response, response))])
     assert counts == {"votes": 10, "unfinished": 2, "no_score": 2, "out_of_range": 2, "not_a_number": 2}
+
+
+# --- the model that a run keeps ---------------------------------------------------------------------------------------
+
+
+def test_a_kept_model_is_trained_and_sampled_from_without_its_file(tmp_path):
+    run = open_run(tmp_path, model__compute_dtype="bfloat16")
+    shapes = rules.placed(run.train_mesh, rules.TRAIN, llama.abstract(run.settings.model.llama))
+    model = jax.jit(lambda: llama.init(run.settings.model.llama, jax.random.key(0)),
+                    out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()  # fmt: skip
+    run.keep("m1", model)
+    sampled = run.to_sample("m1")
+    assert run.to_train("m1") is model
+    for kept, copy in zip(jax.tree.leaves(model), jax.tree.leaves(sampled), strict=True):
+        assert (kept.dtype, copy.dtype) == ("float32", "bfloat16")
+        np.testing.assert_array_equal(kept.astype("bfloat16"), copy)
+    assert run.give_away("m1") is model
+    with pytest.raises(BadCheckpoint):  # now it would be read
+        run.to_train("m1")
+
+
+def test_one_model_is_kept_at_a_time(tmp_path):
+    run = open_run(tmp_path)
+    config = run.settings.model.llama
+    for seed, name in enumerate(("m1", "m2")):
+        model = jax.jit(lambda key: llama.init(config, key))(jax.random.key(seed))
+        checkpoint.save_model(run.workdir / name / "checkpoint", model, {})
+    first = run.to_train("m1")
+    assert run.to_train("m1") is first
+    second = run.to_train("m2")
+    assert (run.live.name, run.live.model is second) == ("m2", True)
+    assert np.any(first.embedding[...] != second.embedding[...])
