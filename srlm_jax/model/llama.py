@@ -103,6 +103,10 @@ class Llama(nnx.Module):
             assert segments_BT is None
             mask_BTS, parents, leaf = cache.mask_BTS, cache.parents, (cache.k_LBKSH, cache.v_LBKSH)
 
+        # What gradients keep of each block lies in parts where its products are split (Megatron's sequence parallelism,
+        # arXiv 2205.05198): an all-reduce becomes the two halves it is made of.
+        between = "stored_tokens" if cache is None else "tokens"
+
         def block(carry, scanned):
             x_BTD, leaf = carry
             w, layer, parent_kvs = scanned
@@ -133,10 +137,10 @@ class Llama(nnx.Module):
             h_BTD = ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps)
             m_BTD = ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...])
             x_BTD = x_BTD + (m_BTD if drop is None else drop.fold(1)(m_BTD))
-            return (rules.constrain(x_BTD, "batch", "tokens", "embed"), leaf), None
+            return (rules.constrain(x_BTD, "batch", between, "embed"), leaf), None
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]
-        x_BTD = rules.constrain(x_BTD, "batch", "tokens", "embed")
+        x_BTD = rules.constrain(x_BTD, "batch", between, "embed")
         parent_kvs = [(level.k_LRKSH, level.v_LRKSH) for level in parents]
         body = jax.checkpoint(block) if c.remat and cache is None else block
         (x_BTD, leaf), _ = jax.lax.scan(body, (x_BTD, leaf), (self.blocks, jnp.arange(c.L), parent_kvs))

@@ -27,7 +27,7 @@ TRAIN: Mapping[str, MeshAxes] = {
 
 # What is computed, in either layout: rows over all devices that hold different ones, and the width whole, so that a
 # block's weights come to the rows and not the rows to the weights.
-ACTIVATIONS: Mapping[str, MeshAxes] = TRAIN | {"tokens": (), "embed": ()}
+ACTIVATIONS: Mapping[str, MeshAxes] = TRAIN | {"tokens": (), "embed": (), "stored_tokens": ("tensor",)}
 
 # Sampling: every data group holds the weights it reads at each step, split over tensor alone.
 SAMPLE: Mapping[str, MeshAxes] = TRAIN | {"batch": ("data",), "embed": ()}
@@ -54,6 +54,11 @@ def sharding(
             claimed[mesh_axis] = axis
         entries.append(rules[axis] or None)
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*entries))
+
+
+def of_a_layer(stacked: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+    """Where one layer of an array lives whose first axis is that of the layers."""
+    return jax.sharding.NamedSharding(stacked.mesh, jax.sharding.PartitionSpec(*stacked.spec[1:]))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

@@ -206,7 +206,7 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
 def _reshard(model: Llama, like: Llama, cost: Cost) -> Program:
     kept, places = (tuple(x.sharding for x in jax.tree.leaves(tree)) for tree in (model, like))
     dtypes = tuple(x.dtype for x in jax.tree.leaves(like))
-    function = lambda weights: resharding.relaid(jax.tree.leaves(weights), kept, places, dtypes)
+    function = lambda weights: resharding.relaid(weights, kept, places, dtypes)
     return Program("reshard", function, {"weights": model}, places[0].mesh, 1, cost)
 
 

@@ -63,8 +63,7 @@ def test_weights_are_narrow_before_they_travel(make_llama):
     """In the program as it is handed to the compiler: XLA's own for CPUs widens every exchange of bfloat16."""
     model = laid_out(make_llama(), (1, 4, 2))
     like = to_sample(model.config, (1, 4, 2), "bfloat16")
-    leaves, places = jax.tree.leaves(model), tuple(x.sharding for x in jax.tree.leaves(like))
-    kept = tuple(x.sharding for x in leaves)
-    text = resharding.relaid.lower(leaves, kept, places, (jnp.dtype("bfloat16"),) * len(leaves)).as_text()
+    kept, places = (tuple(x.sharding for x in jax.tree.leaves(tree)) for tree in (model, like))
+    text = resharding.relaid.lower(model, kept, places, (jnp.dtype("bfloat16"),) * len(kept)).as_text()
     placed = re.findall(r"@Sharding|sdy.sharding_constraint.*?: tensor<\S*?x?(f32|bf16)>", text)
     assert placed and set(placed) == {"bf16"}
