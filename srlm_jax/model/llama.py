@@ -103,16 +103,20 @@ class Llama(nnx.Module):
             assert segments_BT is None
             mask_BTS, parents, leaf = cache.mask_BTS, cache.parents, (cache.k_LBKSH, cache.v_LBKSH)
 
-        # What gradients keep of each block lies in parts where its products are split (Megatron's sequence parallelism,
-        # arXiv 2205.05198): an all-reduce becomes the two halves it is made of.
-        between = "stored_tokens" if cache is None else "tokens"
+        # Between the halves of a block, and so in what gradients keep of it, the tokens of a row are shared by the
+        # devices that split its products (Megatron's sequence parallelism, arXiv 2205.05198). The products' operands
+        # and results are whole all the same: else the compiler splits them over tokens, and then has to reduce whole
+        # gradients of weights.
+        whole = lambda x_BTD: rules.constrain(x_BTD, "batch", "tokens", "embed")
+        stored = whole if cache is not None else lambda x_BTD: rules.constrain(x_BTD, "batch", "stored_tokens", "embed")
+        scattered = lambda x_BTD: stored(whole(x_BTD))
 
         def block(carry, scanned):
             x_BTD, leaf = carry
             w, layer, parent_kvs = scanned
             drop = None if dropout is None else dropout.fold(layer)
             cast = jax.tree.map(lambda p: p.astype(c.compute_dtype), w)
-            h_BTD = ops.rms_norm(x_BTD, cast.attention_norm[...], c.norm_eps)
+            h_BTD = whole(ops.rms_norm(x_BTD, cast.attention_norm[...], c.norm_eps))
             q_BNTH = ops.rotate(project(h_BTD, cast.q[...]), cos, sin)
             k_BKTH = ops.rotate(project(h_BTD, cast.k[...]), cos, sin)
             v_BKTH = project(h_BTD, cast.v[...])
@@ -132,19 +136,19 @@ class Llama(nnx.Module):
                 for level, (k, v) in zip(parents, parent_kvs, strict=True)
             ]
             a_BNTH = ops.merge_attention(*map(list, zip(*parts, strict=True)))
-            a_BTD = ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D))
+            a_BTD = scattered(ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D)))
             x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(0)(a_BTD))
-            h_BTD = ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps)
-            m_BTD = ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...])
-            x_BTD = x_BTD + (m_BTD if drop is None else drop.fold(1)(m_BTD))
-            return (rules.constrain(x_BTD, "batch", between, "embed"), leaf), None
+            h_BTD = whole(ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps))
+            m_BTD = scattered(ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...]))
+            x_BTD = stored(x_BTD + (m_BTD if drop is None else drop.fold(1)(m_BTD)))
+            return (x_BTD, leaf), None
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]
-        x_BTD = rules.constrain(x_BTD, "batch", between, "embed")
+        x_BTD = stored(x_BTD)
         parent_kvs = [(level.k_LRKSH, level.v_LRKSH) for level in parents]
         body = jax.checkpoint(block) if c.remat and cache is None else block
         (x_BTD, leaf), _ = jax.lax.scan(body, (x_BTD, leaf), (self.blocks, jnp.arange(c.L), parent_kvs))
-        x_BTD = ops.rms_norm(x_BTD, self.norm[...].astype(c.compute_dtype), c.norm_eps)
+        x_BTD = whole(ops.rms_norm(x_BTD, self.norm[...].astype(c.compute_dtype), c.norm_eps))
         if cache is None:
             return x_BTD, None
         return x_BTD, dataclasses.replace(cache, k_LBKSH=leaf[0], v_LBKSH=leaf[1])
