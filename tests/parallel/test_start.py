@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from srlm_jax.parallel.hosts import leave
-from srlm_jax.parallel.mesh import start
+from srlm_jax.parallel.mesh import FAREWELL_S, SILENCE_S, start
 
 ROOT = Path(__file__).parents[2]
 JOIN = """
@@ -157,3 +158,12 @@ def test_what_cannot_make_a_job_is_refused(coordinator, processes, process, mess
 
 def test_one_process_is_a_job():
     start(None, None, None, 1)
+
+
+def test_jax_is_told_how_long_to_wait_for_a_process_that_is_gone(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: asked.update(arguments))
+    start("10.0.0.1:1234", 2, 1, 5)
+    assert asked["heartbeat_timeout_seconds"] == SILENCE_S
+    assert asked["shutdown_timeout_seconds"] == FAREWELL_S
+    assert asked["initialization_timeout"] > 5

@@ -27,10 +27,8 @@ def main(address, processes, number, timeout, workdir, *changes):
     for change in changes:
         name, _, value = change.partition("=")
         config.update_from_flattened_dict({name: ast.literal_eval(value)})
-    try:
+    with hosts.leaving(FAILURES):
         run_command(config.to_dict(), None)
-    except FAILURES as error:
-        hosts.leave(f"error: {error}")
 
 
 if __name__ == "__main__":
