@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from srlm_jax.parallel.hosts import leave
+from srlm_jax.parallel.hosts import leave, leaving
 from srlm_jax.parallel.mesh import FAREWELL_S, SILENCE_S, start
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ print(*count, total, groups, len(sample_mesh(MeshShape(data=2, fsdp=2, tensor=2)
 
 LEAVE = """
 import sys
-from srlm_jax.parallel.hosts import leave
+from srlm_jax.parallel.hosts import leave, leaving
 from srlm_jax.parallel.mesh import start
 
 start(sys.argv[1], *map(int, sys.argv[2:]))
@@ -103,6 +103,13 @@ def test_a_process_that_leaves_says_why_and_the_others_do_not_wait_for_it(addres
 def test_alone_it_leaves_as_any_program_does():
     with pytest.raises(SystemExit, match=r"^error: config\.dpo\.beta is odd$"):
         leave("error: config.dpo.beta is odd")
+
+
+def test_alone_a_fault_of_the_program_is_raised_as_it_is():
+    with pytest.raises(KeyError), leaving((ValueError,)):
+        raise KeyError("beta")
+    with pytest.raises(SystemExit, match=r"^error: config\.dpo\.beta is odd$"), leaving((ValueError,)):
+        raise ValueError("config.dpo.beta is odd")
 
 
 def test_a_port_that_is_taken_is_told_before_jax_crashes_over_it():
