@@ -51,7 +51,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def loss(error: BaseException | None) -> BaseException | None:
+def disconnection(error: BaseException | None) -> BaseException | None:
     """What an error comes from, itself perhaps, that says that the processes of a job cannot go on together; None where
     it comes from something else, or there is one process.
 
@@ -75,7 +75,7 @@ def together(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (cause := loss(error)) is None:
+        if (cause := disconnection(error)) is None:
             raise
         raise ProcessLost(
             f"{what}: process {jax.process_index()} of {jax.process_count()} cannot go on with the others "

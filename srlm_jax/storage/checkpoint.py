@@ -136,7 +136,7 @@ class TrainCheckpoints:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if hosts.loss(error) is None:  # or a save that the others never finish would be waited for
+        if hosts.disconnection(error) is None:  # or a save that the others never finish would be waited for
             self._manager.close()
 
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:

@@ -107,14 +107,15 @@ def test_a_process_without_news_of_the_other_ends_too(tmp_path, which, what):
     assert lines(errors), errors
 
 
-def test_only_what_the_runtime_says_is_a_loss(monkeypatch):
+def test_only_what_the_runtime_says_is_a_disconnection(monkeypatch):
     gloo = ValueError("UNKNOWN: Gloo AllGather failed: [external/gloo/pair.cc:538] Connection reset by peer")
     damaged = ValueError('DATA_LOSS: Error opening "zarr" driver')
     told = BadCheckpoint("weights cannot be read")
     told.__cause__ = gloo
-    assert hosts.loss(told) is None  # alone, nobody is lost
+    assert hosts.disconnection(told) is None  # alone, nobody is lost
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert hosts.loss(told) is gloo and hosts.loss(gloo) is gloo
+    assert hosts.disconnection(told) is gloo and hosts.disconnection(gloo) is gloo
     runtime = jax.errors.JaxRuntimeError("INTERNAL: Barrier failed")
-    assert hosts.loss(runtime) is runtime
-    assert [hosts.loss(error) for error in (None, damaged, ValueError("no such field"), KeyError("b"))] == [None] * 4
+    assert hosts.disconnection(runtime) is runtime
+    for other in (None, damaged, ValueError("no such field"), KeyError("b")):
+        assert hosts.disconnection(other) is None
