@@ -41,10 +41,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --config.field=value")
     logging.set_verbosity(logging.ERROR)
-    try:
+    with hosts.leaving(FAILURES):
         run_command(_CONFIG.value.to_dict(), _REDO.value)
-    except FAILURES as error:
-        hosts.leave(f"error: {error}")
 
 
 if __name__ == "__main__":

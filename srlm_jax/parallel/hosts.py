@@ -1,11 +1,24 @@
 """Several processes that work as one job: who writes, where they wait for one another, how values cross between them.
 
 One process is a job of one: then all of this is nothing. What all processes call together, they call in the same order.
+
+Where one of them is gone, the others end, in whatever stage, with a status that is not 0, and by one of two ways:
+
+- What they wait for breaks: a value, a barrier, a checkpoint that all of them write. It does so at once where a process
+  was killed and its connections were closed (gloo, on CPUs, notices that); then `together` says it in a line.
+- Nothing breaks: a host is switched off or hangs, or they do work of their own, or wait for devices whose network tells
+  nothing (NCCL, ICI). Then the process counts as gone after `mesh.SILENCE_S` seconds without a sign of life, and jax
+  ends the others from a thread of its own: no exception, so no line of ours, but an abort (SIGABRT, status 134) and on
+  stderr "Terminating process because the JAX distributed service detected fatal errors. This most likely indicates that
+  another task died". With process 0 goes the service by which they know of one another, and then this comes at once: it
+  may be there before our line.
 """
 
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
@@ -18,6 +31,9 @@ Tree = TypeVar("Tree")
 
 # What stops all processes alike, each says itself: with the first process goes the service that they live by.
 _LAST_WORDS_S = 3.0
+
+# How the runtime's errors begin where they come as a ValueError. Those of damaged files begin otherwise.
+_STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 
 class ProcessLost(ConnectionError):
@@ -35,22 +51,51 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def disconnection(error: BaseException | None) -> BaseException | None:
+    """What an error comes from, itself perhaps, that says that the processes of a job cannot go on together; None where
+    it comes from something else, or there is one process.
+
+    The runtime says so by a JaxRuntimeError where a value or one of Orbax's barriers is waited for; by a ValueError
+    where a program fails as it is called, which `barrier` and `exchange` do.
+    """
+    while error is not None:
+        told = isinstance(error, ValueError) and _STATUS.match(str(error))
+        if told or isinstance(error, jax.errors.JaxRuntimeError):
+            return error if jax.process_count() > 1 else None
+        error = error.__cause__
+    return None
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """What the processes do inside fails in one line where one of them is gone.
 
-    Raises ProcessLost in place of the runtime's error, with more than one process.
+    Raises ProcessLost in place of the runtime's error, or of what was made of it, with more than one process.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if (cause := disconnection(error)) is None:
             raise
         raise ProcessLost(
             f"{what}: process {jax.process_index()} of {jax.process_count()} cannot go on with the others "
-            f"({str(error).splitlines()[0]}). Where another has ended, its own last line says why; start all of them "
+            f"({str(cause).splitlines()[0]}). Where another has ended, its own last line says why; start all of them "
             "again, and the run goes on where it stopped"
         ) from error
+
+
+@contextmanager
+def leaving(told: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Ends this process, with status 1, where anything is raised inside: one of `told` is said in a line, all else, a
+    fault of the program, by its traceback. Of several processes it ends at once, see `leave`."""
+    try:
+        yield
+    except told as error:
+        leave(f"error: {error}")
+    except BaseException:
+        if not jax.distributed.is_initialized():
+            raise
+        leave(traceback.format_exc().rstrip())
 
 
 def leave(message: str) -> NoReturn:

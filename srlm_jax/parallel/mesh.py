@@ -12,6 +12,15 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+# How long a process may give no sign of life (it gives two in that time, from a thread that no work holds up) before it
+# counts as gone and jax ends the others. Long enough for a network that stalls for some seconds; jax would wait 100,
+# while every device of the job is paid for.
+SILENCE_S = 60
+
+# How long processes that are done wait for the others on the way out before jax ends them all as failed. All come from
+# one barrier, so that they are apart by what the ends of their programs take: seconds. jax would wait 300.
+FAREWELL_S = 120
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
@@ -73,7 +82,12 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
     watch.daemon = True
     watch.start()
     try:
-        jax.distributed.initialize(initialization_timeout=timeout_s + 60, **join)  # later than the watch
+        jax.distributed.initialize(
+            initialization_timeout=timeout_s + 60,  # later than the watch
+            heartbeat_timeout_seconds=SILENCE_S,
+            shutdown_timeout_seconds=FAREWELL_S,
+            **join,
+        )
     except ValueError as error:  # of auto: it found nobody to ask
         raise ValueError(
             f"{who}, and this is no host of a TPU slice, no step of Slurm (srun) and no process of Open MPI: give the "

@@ -53,14 +53,15 @@ def run_command(config: Mapping, redo: str | None) -> None:
     """
     settings = read(config)
     mesh.start(settings.coordinator, settings.processes, settings.process, settings.start_timeout_s)
-    run = make_run(settings, srlm_jax.__version__)
-    tells = hosts.is_main()  # one process speaks for all, and writes what is one file
-    if tells and not run.embedded:
-        print(_introduced(run))
-    if redo is not None:
-        removed = run.ledger.redo(redo)
-        if tells:
-            print(f"removed: {', '.join(removed)}")
+    with hosts.together("start"):
+        run = make_run(settings, srlm_jax.__version__)
+        tells = hosts.is_main()  # one process speaks for all, and writes what is one file
+        if tells and not run.embedded:
+            print(_introduced(run))
+        if redo is not None:
+            removed = run.ledger.redo(redo)
+            if tells:
+                print(f"removed: {', '.join(removed)}")
     names = self_reward(run)
     if tells:
         results = collect_results(run.workdir, names)
@@ -68,6 +69,8 @@ def run_command(config: Mapping, redo: str | None) -> None:
         write_report(run.workdir, tuple(results))
         print("\n" + results_table(results))
         print(f"\n{run.workdir / 'results.json'}\n{run.workdir / 'report.html'}")
+    with hosts.together("report"):
+        hosts.barrier("all is told")  # for however long it takes: on the way out they wait for one another no more
 
 
 def _introduced(run: Run) -> str:

@@ -135,8 +135,9 @@ class TrainCheckpoints:
     def __enter__(self) -> "TrainCheckpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if hosts.disconnection(error) is None:  # or a save that the others never finish would be waited for
+            self._manager.close()
 
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
         """Starts writing in the background; a kill before the end leaves the one before."""

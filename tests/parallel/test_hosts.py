@@ -2,30 +2,46 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
+
+from srlm_jax.parallel import hosts
+from srlm_jax.storage.checkpoint import BadCheckpoint
 
 ROOT = Path(__file__).parents[2]
 
 
-def both(what):
-    """Both processes' (exit status, JSON that they print, what else they say)."""
+def both(*what, silence_s=60):
+    """Both processes' (exit status, JSON that they print, what else they say). One that hangs is killed when the other
+    has ended."""
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), address]
     job = [
         subprocess.Popen(
-            [*command, str(number), what],
+            [*command, str(number), str(silence_s), *what],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in job]
+    try:
+        while "silent" in what and all(process.poll() is None for process in job):
+            time.sleep(0.1)
+        if "silent" in what:
+            for process in job:
+                process.kill()  # which is nothing to one that has ended
+        said = [process.communicate(timeout=300) for process in job]
+    finally:
+        for process in job:
+            process.kill()
     return [
         (process.returncode, json.loads(out.splitlines()[-1]) if process.returncode == 0 else None, errors)
         for process, (out, errors) in zip(job, said, strict=True)
@@ -63,21 +79,49 @@ def test_processes_that_wait_for_different_things_are_told():
         assert "name mismatch ('of process" in errors
 
 
-def says_that_the_other_is_gone(status, errors):
-    """It notices by a connection that breaks, and says so itself, or by the other's silence, and JAX ends it."""
-    last = [line for line in errors.splitlines() if line.startswith("error: ") or "another task died" in line]
-    if last and last[-1].startswith("error: "):
-        return status == 1 and "stage m2/pairs: process 0 of 2 cannot go on with the others (" in last[-1]
-    return status != 0 and bool(last)
+def lines(errors):
+    return [line for line in errors.splitlines() if line.startswith("error: ") or "another task died" in line]
 
 
-def test_a_process_whose_other_is_gone_says_so():
-    (status, _, errors), (other, _, _) = both("lost")
-    assert other == -9
-    assert says_that_the_other_is_gone(status, errors), errors
+@pytest.mark.parametrize(
+    ("what", "wait"),
+    [
+        ("killed", "program"), ("killed", "saving"), ("killed", "restoring"), ("killed", "training"),
+        ("unable", "barrier"), ("faulty", "exchange"),
+    ],
+)  # fmt: skip
+def test_whatever_a_process_waits_for_it_says_in_a_line_that_the_other_is_gone(tmp_path, what, wait):
+    (status, _, errors), (other, _, own) = both("lost", str(tmp_path), "1", what, wait)
+    assert (status, len(lines(errors))) == (1, 1), errors
+    assert lines(errors)[0].startswith("error: stage m2/pairs: process 0 of 2 cannot go on with the others (")
+    assert "Traceback" not in errors
+    wanted = {
+        "killed": (-signal.SIGKILL, None),
+        "unable": (1, "error: no room on the disk"),
+        "faulty": (1, "KeyError: 'a fault of the program'"),
+    }
+    assert (other, own.splitlines()[-1] if own and what != "killed" else None) == wanted[what]
+    assert ("Traceback" in own) == (what == "faulty")
 
 
-def test_a_process_that_gives_up_does_not_keep_the_other_waiting():
-    (status, _, errors), (other, _, own) = both("failed")
-    assert (other, own.splitlines()[-1]) == (1, "error: no room on the disk")
-    assert says_that_the_other_is_gone(status, errors), errors
+@pytest.mark.parametrize(("which", "what"), [(0, "killed"), (1, "silent")])
+def test_a_process_without_news_of_the_other_ends_too(tmp_path, which, what):
+    """With process 0 goes what they are told by, and a host that hangs breaks no connection: then jax ends the rest."""
+    found = both("lost", str(tmp_path), str(which), what, "barrier", silence_s=10)
+    status, _, errors = found[1 - which]
+    assert status in (1, -signal.SIGABRT)
+    assert lines(errors), errors
+
+
+def test_only_what_the_runtime_says_is_a_disconnection(monkeypatch):
+    gloo = ValueError("UNKNOWN: Gloo AllGather failed: [external/gloo/pair.cc:538] Connection reset by peer")
+    damaged = ValueError('DATA_LOSS: Error opening "zarr" driver')
+    told = BadCheckpoint("weights cannot be read")
+    told.__cause__ = gloo
+    assert hosts.disconnection(told) is None  # alone, nobody is lost
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert hosts.disconnection(told) is gloo and hosts.disconnection(gloo) is gloo
+    runtime = jax.errors.JaxRuntimeError("INTERNAL: Barrier failed")
+    assert hosts.disconnection(runtime) is runtime
+    for other in (None, damaged, ValueError("no such field"), KeyError("b")):
+        assert hosts.disconnection(other) is None

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from srlm_jax.parallel.hosts import leave
-from srlm_jax.parallel.mesh import start
+from srlm_jax.parallel.hosts import leave, leaving
+from srlm_jax.parallel.mesh import FAREWELL_S, SILENCE_S, start
 
 ROOT = Path(__file__).parents[2]
 JOIN = """
@@ -40,7 +41,7 @@ print(*count, total, groups, len(sample_mesh(MeshShape(data=2, fsdp=2, tensor=2)
 
 LEAVE = """
 import sys
-from srlm_jax.parallel.hosts import leave
+from srlm_jax.parallel.hosts import leave, leaving
 from srlm_jax.parallel.mesh import start
 
 start(sys.argv[1], *map(int, sys.argv[2:]))
@@ -104,6 +105,13 @@ def test_alone_it_leaves_as_any_program_does():
         leave("error: config.dpo.beta is odd")
 
 
+def test_alone_a_fault_of_the_program_is_raised_as_it_is():
+    with pytest.raises(KeyError), leaving((ValueError,)):
+        raise KeyError("beta")
+    with pytest.raises(SystemExit, match=r"^error: config\.dpo\.beta is odd$"), leaving((ValueError,)):
+        raise ValueError("config.dpo.beta is odd")
+
+
 def test_a_port_that_is_taken_is_told_before_jax_crashes_over_it():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -157,3 +165,12 @@ def test_what_cannot_make_a_job_is_refused(coordinator, processes, process, mess
 
 def test_one_process_is_a_job():
     start(None, None, None, 1)
+
+
+def test_jax_is_told_how_long_to_wait_for_a_process_that_is_gone(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: asked.update(arguments))
+    start("10.0.0.1:1234", 2, 1, 5)
+    assert asked["heartbeat_timeout_seconds"] == SILENCE_S
+    assert asked["shutdown_timeout_seconds"] == FAREWELL_S
+    assert asked["initialization_timeout"] > 5

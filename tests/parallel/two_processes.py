@@ -1,8 +1,12 @@
-"""One of two processes of one device each: `two_processes.py HOST:PORT NUMBER WHAT`, prints JSON. See test_hosts.py."""
+"""One of two processes of one device each: `two_processes.py HOST:PORT NUMBER SILENCE_S WHAT [ARGUMENT ...]`, prints
+JSON. See test_hosts.py."""
 
+import itertools
 import json
 import os
+import signal
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,16 +15,20 @@ import split_model
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.parallel.mesh import MeshShape, sample_mesh, train_mesh
 from srlm_jax.parallel.reshard import reshard
+from srlm_jax.storage import checkpoint
 
 SHAPE = MeshShape(data=1, fsdp=-1, tensor=1)
+
+
+def rows_on_both():
+    rows = np.arange(8.0).reshape(4, 2)
+    return rows, hosts.spread(rows, rules.sharding(train_mesh(SHAPE), rules.TRAIN, ("batch",)))
 
 
 def values():
     """Values that cross between the processes in each way there is."""
     me = jax.process_index()
-    sharding = rules.sharding(train_mesh(SHAPE), rules.TRAIN, ("batch",))
-    rows = np.arange(8.0).reshape(4, 2)
-    spread = hosts.spread(rows, sharding)
+    rows, spread = rows_on_both()
     assert np.array_equal(spread.addressable_data(0), rows[2 * me : 2 * me + 2])
     hosts.barrier("between")
     return {
@@ -60,32 +68,57 @@ def other_barrier():
     hosts.barrier(f"of process {jax.process_index()}")
 
 
-def lost():
-    """The second process ends while the first waits for it."""
-    hosts.barrier("both are here")
-    if jax.process_index() == 1:
-        os.kill(os.getpid(), 9)
-    wait()
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait():
-    try:
-        with hosts.together("stage m2/pairs"):
-            hosts.barrier("never")
-    except hosts.ProcessLost as error:
-        hosts.leave(f"error: {error}")
+def silent():
+    os.kill(os.getpid(), signal.SIGSTOP)  # its connections stay open
 
 
-def failed():
-    """The second process gives up while the first waits for it."""
-    hosts.barrier("both are here")
-    if jax.process_index() == 1:
-        hosts.leave("error: no room on the disk")
-    wait()
+def unable():
+    raise OSError("no room on the disk")
+
+
+def faulty():
+    raise KeyError("a fault of the program")
+
+
+def lost(folder, which, what, wait):
+    """Process `which` is killed, say, while the other waits for it, in a barrier, say."""
+    model = {"weight": rows_on_both()[1]}
+    checkpoint.save_model(f"{folder}/saved", model, {})
+    hosts.barrier("saved")
+    steps = itertools.count(1)
+
+    def program():
+        jax.device_get(jax.jit(lambda x: x.sum())(model["weight"]))
+
+    def train(end):
+        with checkpoint.TrainCheckpoints(f"{folder}/train_state") as states:
+            states.save(next(steps), checkpoint.TrainState(model, {}), SimpleNamespace(get_state=dict))
+            end()
+            program()
+
+    ways = {
+        "barrier": lambda end: (end(), hosts.barrier("never")),
+        "exchange": lambda end: (end(), hosts.exchange(b"mine")),
+        "program": lambda end: (end(), program()),
+        "saving": lambda end: (end(), checkpoint.save_model(f"{folder}/saved", model, {})),
+        "restoring": lambda end: (end(), checkpoint.load_model(f"{folder}/saved", model)),
+        "training": train,
+    }
+    ends = {"killed": killed, "silent": silent, "unable": unable, "faulty": faulty}
+    with hosts.leaving((OSError, ValueError)), hosts.together("stage m2/pairs"):
+        ways[wait](lambda: None)  # all is compiled, and the processes are connected
+        ways[wait](ends[what] if jax.process_index() == int(which) else lambda: None)
 
 
 if __name__ == "__main__":
-    address, number, what = sys.argv[1:]
+    address, number, silence_s, what, *arguments = sys.argv[1:]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, 2, int(number), heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
-    print(json.dumps(globals()[what]()))
+    jax.distributed.initialize(
+        address, 2, int(number), heartbeat_timeout_seconds=int(silence_s), shutdown_timeout_seconds=int(silence_s)
+    )
+    ways = {"values": values, "layouts": layouts, "samples": samples, "other_barrier": other_barrier, "lost": lost}
+    print(json.dumps(ways[what](*arguments)))

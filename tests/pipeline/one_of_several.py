@@ -1,9 +1,12 @@
 """One process of a job on this machine: HOST:PORT PROCESSES NUMBER TIMEOUT_S WORKDIR [FIELD=VALUE ...].
 
-It runs the main command at the smoke scale up to M3, as `srlm_jax.main` does.
+It runs the main command at the smoke scale up to M3, as `srlm_jax.main` does. `killed=(NUMBER, STAGE)`: that process is
+killed when it has done that stage and nobody knows of it.
 """
 
 import ast
+import os
+import signal
 import sys
 
 import jax
@@ -26,11 +29,21 @@ def main(address, processes, number, timeout, workdir, *changes):
     config.workdir = workdir
     for change in changes:
         name, _, value = change.partition("=")
-        config.update_from_flattened_dict({name: ast.literal_eval(value)})
-    try:
+        if name == "killed":
+            kill_after(*ast.literal_eval(value))
+        else:
+            config.update_from_flattened_dict({name: ast.literal_eval(value)})
+    with hosts.leaving(FAILURES):
         run_command(config.to_dict(), None)
-    except FAILURES as error:
-        hosts.leave(f"error: {error}")
+
+
+def kill_after(number, stage):
+    def barrier(name, barrier=hosts.barrier):
+        if (jax.process_index(), f"{stage}: worked") == (number, name):
+            os.kill(os.getpid(), signal.SIGKILL)
+        barrier(name)
+
+    hosts.barrier = barrier
 
 
 if __name__ == "__main__":
