@@ -100,6 +100,14 @@ def validation() -> ConfigDict:
     return c
 
 
+def lora() -> ConfigDict:
+    """Low-rank adapters in SFT and DPO, none unless their rank is given: the paper trains all weights."""
+    c = ConfigDict()
+    c.rank = config_dict.placeholder(int)
+    c.alpha = 16.0  # with rank 16 that of the Alignment Handbook's recipes for Zephyr 7B; see docs/lora.md
+    return c
+
+
 def start_alone(c: ConfigDict) -> None:
     """One process is the whole job; more are joined by flags: see launch/."""
     c.coordinator = config_dict.placeholder(str)
@@ -125,6 +133,7 @@ def tiny() -> ConfigDict:
     c.model = model(presets.tiny())
     c.chat = "plain"
     c.endpoint = endpoint()  # a server that samples from the models of this run
+    c.lora = lora()
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     c.engine = ConfigDict({"rows": 192, "steps": 8})
 
@@ -244,6 +253,7 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     c.reference_batch = 32  # log-probabilities take no gradient, so more rows at a time than a training step has
     c.model = model(preset)
     c.chat = chat  # the paper does not say how Llama 2 is asked; later work of its authors wraps prompts in [INST]
+    c.lora = lora()
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": tensor})
     # 64 rows of 1,024 new tokens are 34 GB of keys and values in a 7B, and 21 GB in a 70B, whose heads share them; a
     # pod has room for as many again on each copy of the weights.

@@ -154,7 +154,7 @@ class Llama(nnx.Module):
         return x_BTD, dataclasses.replace(cache, k_LBKSH=leaf[0], v_LBKSH=leaf[1])
 
 
-def project(x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"]) -> Float[Array, "B N T H"]:
+def project(x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"] | ops.Adapted) -> Float[Array, "B N T H"]:
     """Queries, keys or values, head-major: the layout in which attention is two plain batched matrix products."""
     (B, T, _), (D, N, H) = x_BTD.shape, w_DNH.shape
     return ops.linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(B, T, N, H).swapaxes(1, 2)

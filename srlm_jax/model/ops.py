@@ -36,6 +36,26 @@ class Dropout:
 jax.tree_util.register_dataclass(Dropout, data_fields=["key"], meta_fields=["rate"])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """The matrix w + scale a b as its parts, which `linear` never multiplies out (see `model.lora`)."""
+
+    w: Float[Array, "..."]  # [in..., out...]
+    a: Float[Array, "..."]  # [in..., R]
+    b: Float[Array, "..."]  # [R, out...]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    def reshape(self, rows: int, columns: int) -> "Adapted":
+        """With all that it multiplies as one axis, and all that it gives as the other."""
+        R = self.b.shape[0]
+        w, a, b = self.w.reshape(rows, columns), self.a.reshape(rows, R), self.b.reshape(R, columns)
+        return dataclasses.replace(self, w=w, a=a, b=b)
+
+
 def rms_norm(x: Float[Array, "*B D"], scale_D: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x^2) + eps) * scale, with the mean taken in float32 (Llama; Zhang and Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
@@ -108,16 +128,18 @@ def merge_attention(outs: list[Float[Array, "B N T H"]], lses: list[Float[Array,
 
 def swiglu(
     x_BTD: Float[Array, "B T D"],
-    gate_DF: Float[Array, "D F"],
-    up_DF: Float[Array, "D F"],
-    down_FD: Float[Array, "F D"],
+    gate_DF: Float[Array, "D F"] | Adapted,
+    up_DF: Float[Array, "D F"] | Adapted,
+    down_FD: Float[Array, "F D"] | Adapted,
 ) -> Float[Array, "B T D"]:
     """(silu(x gate) * x up) down (Shazeer 2020)."""
     return linear(jax.nn.silu(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF), down_FD)
 
 
-def linear(x_BTD: Float[Array, "B T D"], w_DF: Float[Array, "D F"]) -> Float[Array, "B T F"]:
+def linear(x_BTD: Float[Array, "B T D"], w_DF: Float[Array, "D F"] | Adapted) -> Float[Array, "B T F"]:
     """x w as one matrix product of two axes each: with three, XLA's CPU backend transposes the gradients' operands,
     and a training step takes half as long again."""
+    if isinstance(w_DF, Adapted):
+        return linear(x_BTD, w_DF.w) + w_DF.scale * linear(linear(x_BTD, w_DF.a), w_DF.b)
     B, T, D = x_BTD.shape
     return (x_BTD.reshape(B * T, D) @ w_DF).reshape(B, T, -1)

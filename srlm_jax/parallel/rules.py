@@ -22,6 +22,7 @@ TRAIN: Mapping[str, MeshAxes] = {
     "kv_heads": ("tensor",),
     "head": (),
     "mlp": ("tensor",),
+    "rank": (),  # of an adapter
     "slots": (),  # of a key-value cache
 }
 

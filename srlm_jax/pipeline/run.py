@@ -15,6 +15,7 @@ from srlm_jax.data import world
 from srlm_jax.judge.rubric import Rubric, paper_rubric
 from srlm_jax.model import llama, weights
 from srlm_jax.model.llama import Llama
+from srlm_jax.model.lora import check_rank
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel.reshard import reshard
@@ -270,6 +271,7 @@ def make_run(settings: Settings, code: str) -> Run:
     with naming("config.chat"):
         encode_prompt(tokenizer, FORMATS[settings.chat], "")  # which looks up the marks
     train_mesh, sample_mesh = meshes.train_mesh(settings.mesh), meshes.sample_mesh(settings.mesh)
+    check_adapters(settings)
     check_batches(settings, train_mesh.shape["data"] * train_mesh.shape["fsdp"])
     rules.model_shardings(train_mesh, rules.TRAIN, llama.abstract(settings.model.llama))
     workdir = epath.Path(settings.workdir)
@@ -317,6 +319,12 @@ def check_batches(settings: Settings, groups: int) -> None:
                 f"{field} is {size}, which {groups} groups of devices (config.mesh: data x fsdp) cannot share: make it "
                 "a multiple of their number, or raise config.mesh.tensor so that there are fewer"
             )
+
+
+def check_adapters(settings: Settings) -> None:
+    """Refuses adapters that do not fit the model."""
+    with naming("config.lora"):
+        check_rank(settings.lora, settings.model.llama)
 
 
 def with_numbers(settings: Settings) -> Settings:

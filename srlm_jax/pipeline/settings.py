@@ -11,6 +11,7 @@ from srlm_jax.data.eft import EftRules
 from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
 from srlm_jax.model.config import LlamaConfig
+from srlm_jax.model.lora import LoraConfig
 from srlm_jax.parallel.mesh import MeshShape
 from srlm_jax.pipeline.endpoint import EndpointConfig
 from srlm_jax.records import SamplingParams
@@ -143,6 +144,7 @@ class Settings:
     reference_batch: int  # rows at a time when log-probabilities are computed
     model: ModelSettings
     chat: str  # the format of instructions and answers, a name in `text.chat.FORMATS`
+    lora: LoraConfig  # of SFT and DPO
     mesh: MeshShape
     engine: EngineConfig
     endpoint: EndpointConfig  # a server that samples from this run's models, in place of the engine

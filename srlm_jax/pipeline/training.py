@@ -38,6 +38,8 @@ def _train_stage(
 ) -> None:
     """Trains the model `name` as `make` prepares it (model, objective, batches, counts) and saves it."""
     folder = run.workdir / name
+    # The embedded world's M0 starts from random weights: there is nothing to adapt.
+    lora = None if part == "pretraining" or run.settings.lora.rank is None else run.settings.lora
 
     def work() -> Outcome:
         model, objective, dataset, counts = make()
@@ -46,6 +48,7 @@ def _train_stage(
             objective,
             dataset,
             config=getattr(run.settings, part).train,
+            lora=lora,
             mesh=run.train_mesh,
             seed=words_32(f"{run.settings.seed}/{name}", 1)[0],
             folder=folder,
@@ -56,7 +59,8 @@ def _train_stage(
         return Outcome(counts, identity)
 
     outputs = [f"{name}/{output}" for output in ("checkpoint", "train_state", "metrics.jsonl", "tensorboard")]
-    config = run.config(part, "model", "chat", "logprob_chunk", "length_multiple", "context_length")
+    fields = (part, "model", "chat", "logprob_chunk", "length_multiple", "context_length")
+    config = run.config(*fields, *(() if lora is None else ("lora",)))
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
     # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
     if hosts.is_main():

@@ -65,14 +65,23 @@ def forward_flops(c: LlamaConfig, rows: int, length: int) -> float:
     return block_flops(c, rows * length, length) + head_flops(c, rows * length)
 
 
-def train_flops(c: LlamaConfig, rows: int, length: int) -> float:
+def train_flops(c: LlamaConfig, rows: int, length: int, rank: int | None) -> float:
     """Gradients of a batch: twice the forward pass besides itself, and what is computed again on the way back: each
-    block but its last product where the model says so, and the logits always."""
-    forward = forward_flops(c, rows, length)
-    again = head_flops(c, rows * length)
+    block but its last product where the model says so, and the logits always. With adapters of some `rank`, their
+    products too, and none for the gradients of the weights."""
+    tokens = rows * length
+    adapters = 0.0 if rank is None else 2.0 * tokens * sum(_adapter_sizes(c, rank))
+    forward = forward_flops(c, rows, length) + adapters
+    again = head_flops(c, tokens)
     if c.remat:
-        again += block_flops(c, rows * length, length) - 2.0 * c.L * rows * length * c.F * c.D
-    return 3 * forward + again
+        again += adapters + block_flops(c, tokens, length) - 2.0 * c.L * tokens * c.F * c.D
+    frozen = 0.0 if rank is None else block_flops(c, tokens, 0) + head_flops(c, tokens)
+    return 3 * forward + again - frozen
+
+
+def _adapter_sizes(c: LlamaConfig, rank: int) -> tuple[int, int]:
+    """Numbers of all adapters' sides: those along the model's width, and those along heads and MLP."""
+    return c.L * rank * 7 * c.D, c.L * rank * (2 * c.N * c.H + 2 * c.K * c.H + 3 * c.F)
 
 
 def _gathered(size: float, group: int) -> float:
@@ -105,22 +114,30 @@ def forward_cost(c: LlamaConfig, split: Split, rows: int, length: int) -> Cost:
     )
 
 
-def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate: int) -> Cost:
-    """One update by AdamW from `rows` rows, cut into `accumulate` microbatches."""
+def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate: int, rank: int | None) -> Cost:
+    """One update by AdamW from `rows` rows, cut into `accumulate` microbatches: of all weights, or of adapters of some
+    `rank`, in float32, beside weights that are read alone."""
     own, wide = split.own_rows(rows), _BYTES[c.compute_dtype]
     fsdp = split.weights // split.tensor
     weights = c.parameters * wide / split.tensor
     passes = 3 if c.remat else 2  # forward, again, and back
     kept = param_bytes(c) / split.weights
+    if rank is None:
+        trained, frozen, reduced_grads = kept, 0.0, weights
+    else:
+        along, across = _adapter_sizes(c, rank)
+        trained, frozen = 4 * (along / fsdp + across / split.tensor), kept
+        reduced_grads = 4 * (along + across / split.tensor)
     scores = own * length**2 * c.N / split.tensor * c.L * 4 * 2 * passes
     reduced = 2 * passes * c.L * own * length * c.D * wide
     return Cost(
-        flops=train_flops(c, own, length) / split.tensor,
+        flops=train_flops(c, own, length, rank) / split.tensor,
         # AdamW reads weights, gradients and two moments and writes all but the gradients.
-        memory_bytes=accumulate * passes * weights + 7 * kept + scores,
+        memory_bytes=accumulate * passes * weights + 7 * trained + scores,
         # Gradients are reduced as often as weights are gathered for a pass.
-        link_bytes=accumulate * _gathered((passes + 1) * weights, fsdp) + 2 * _gathered(reduced, split.tensor),
-        resident_bytes=4 * kept + _activations(c, split, rows // accumulate, length, kept=True),
+        link_bytes=accumulate * _gathered(passes * weights + reduced_grads, fsdp)
+        + 2 * _gathered(reduced, split.tensor),
+        resident_bytes=frozen + 4 * trained + _activations(c, split, rows // accumulate, length, kept=True),
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from srlm_jax.parallel.mesh import MeshShape, resolve
-from srlm_jax.pipeline.run import check_batches, with_numbers
+from srlm_jax.pipeline.run import check_adapters, check_batches, with_numbers
 from srlm_jax.pipeline.settings import BadConfig, Settings
 from srlm_jax.plan import chips, hlo, programs, stages
 from srlm_jax.plan.chips import Slice
@@ -81,6 +81,7 @@ def refusal(settings: Settings, shape: MeshShape) -> str | None:
     if c.D % shape.fsdp:
         return f"config.mesh.fsdp is {shape.fsdp}, which does not divide config.model.D ({c.D})"
     try:
+        check_adapters(settings)
         check_batches(settings, shape.data * shape.fsdp)
     except BadConfig as error:
         return str(error)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from srlm_jax.data.batches import PairBatch, TokenBatch
-from srlm_jax.model import llama
+from srlm_jax.model import llama, lora
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel import reshard as resharding
@@ -140,9 +140,11 @@ def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
     """Every program's cost on one chip, by formula."""
     c, length, split, sample = s.model.llama, row_length(s), train_split(shape), sample_split(shape)
     found = {
-        "SFT step": formulas.train_cost(c, split, s.sft.train.batch_size, length, s.sft.train.accumulate),
+        "SFT step": formulas.train_cost(c, split, s.sft.train.batch_size, length, s.sft.train.accumulate, s.lora.rank),
         "reference": formulas.forward_cost(c, split, s.reference_batch, length),
-        "DPO step": formulas.train_cost(c, split, 2 * s.dpo.train.batch_size, length, s.dpo.train.accumulate),
+        "DPO step": formulas.train_cost(
+            c, split, 2 * s.dpo.train.batch_size, length, s.dpo.train.accumulate, s.lora.rank
+        ),
     }
     for stage, x in sampling_shapes(s, sample.rows).items():
         decode = formulas.decode_cost(c, sample, x.groups, x.prompts, x.samples, x.slots, s.engine.steps)
@@ -172,13 +174,18 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
     shapes, cost = llama.abstract(s.model.llama), costs(s, shape)
     narrow = llama.abstract(dataclasses.replace(s.model.llama, param_dtype=s.model.compute_dtype))
     to_train, to_sample = rules.placed(train_mesh, rules.TRAIN, shapes), rules.placed(sample_mesh, rules.SAMPLE, narrow)
+    trainable, frozen = to_train, None
+    if s.lora.rank is not None:
+        adapters = jax.eval_shape(lambda: lora.init(shapes, s.lora, jax.random.key(0)))
+        trainable, frozen = rules.placed(train_mesh, rules.TRAIN, adapters), to_train
     rows = rules.sharding(train_mesh, rules.TRAIN, ("batch",))
     length = row_length(s)
 
     def step(name: str, objective: Objective, part, batch) -> Program:
         function, tx = make_train_step(objective, part.train.optimizer, part.train.steps, part.train.accumulate)
-        state = rules.placed(train_mesh, rules.TRAIN, jax.eval_shape(tx.init, shapes))
-        arguments = {"weights": to_train, "optimizer": state, "batch": batch, "key": _key(train_mesh)}
+        state = rules.placed(train_mesh, rules.TRAIN, jax.eval_shape(tx.init, trainable))
+        arguments = {"optimizer": state, "frozen weights": frozen, "batch": batch, "key": _key(train_mesh)}
+        arguments = {"weights" if frozen is None else "adapters": trainable} | arguments
         return Program(name, function, arguments, train_mesh, 1, cost[name])
 
     sft = SftObjective(dropout=s.sft.dropout, logprob_chunk=s.logprob_chunk)

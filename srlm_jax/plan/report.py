@@ -124,8 +124,8 @@ def advice(program: PlannedProgram) -> list[str]:
     else:
         part = program.name.split()[0].lower()
         change = (
-            f"raise config.{part}.train.accumulate or config.mesh.tensor, lower config.context_length, or use "
-            "more chips"
+            f"raise config.{part}.train.accumulate or config.mesh.tensor, lower config.context_length, train adapters "
+            "alone (config.lora.rank), or use more chips"
         )
     return [*lines, f"  to change: {change}"]
 
@@ -134,8 +134,9 @@ def text(plan: Plan, price: float | None) -> str:
     """The whole plan."""
     c, mesh, chip = plan.settings.model.llama, plan.mesh, plan.where.chip
     how = "compiled, nothing run" if chip.tpu else "by formula, nothing compiled"
+    trained = "" if (rank := plan.settings.lora.rank) is None else f", in training adapters of rank {rank} alone,"
     parts = [
-        f"{c.parameters:,} parameters on {plan.where.name}, {plan.where.chips} chips: data {mesh.data} x "
+        f"{c.parameters:,} parameters{trained} on {plan.where.name}, {plan.where.chips} chips: data {mesh.data} x "
         f"fsdp {mesh.fsdp} x tensor {mesh.tensor}; {how}",
         memory_table(plan),
     ]

@@ -120,7 +120,7 @@ def load_model(path: epath.PathLike, like: Tree) -> Tree:
 class TrainState:
     """All that a training needs to go on: what the step carries, and where the data stands."""
 
-    model: object
+    trainable: object
     opt_state: object
 
 
@@ -141,7 +141,7 @@ class TrainCheckpoints:
 
     def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
         """Starts writing in the background; a kill before the end leaves the one before."""
-        tree = named_leaves((state.model, state.opt_state))
+        tree = named_leaves((state.trainable, state.opt_state))
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -160,7 +160,7 @@ class TrainCheckpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        both = (like.model, like.opt_state)
+        both = (like.trainable, like.opt_state)
         wanted = named_leaves(both)
         try:
             restored = self._manager.restore(
@@ -178,8 +178,8 @@ class TrainCheckpoints:
                 f"{self._path} (step {step}) cannot be read; delete the folder to train this stage from its start"
             ) from error
         leaves = [restored["state"][name] for name in wanted]
-        model, opt_state = jax.tree.unflatten(jax.tree.structure(both), leaves)
-        return step, TrainState(model, opt_state)
+        trainable, opt_state = jax.tree.unflatten(jax.tree.structure(both), leaves)
+        return step, TrainState(trainable, opt_state)
 
 
 def config_facts(config: object) -> dict[str, object]:

@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from srlm_jax.model.llama import Llama
+from srlm_jax.model.lora import LoraConfig, merge, split
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.storage.checkpoint import TrainCheckpoints, TrainState
 from srlm_jax.train.objectives import Objective
@@ -52,12 +53,14 @@ def train(
     batches: grain.IterDataset,
     *,
     config: TrainConfig,
+    lora: LoraConfig | None,
     mesh: jax.sharding.Mesh,
     seed: int,
     folder: epath.Path,
     title: str,
 ) -> Llama:
-    """Trains `model`, which is donated, and returns it trained.
+    """Trains `model`, which is donated, and returns it trained: all its weights or, with `lora`, adapters that are
+    merged into it at the end.
 
     Writes `metrics.jsonl` and TensorBoard events to `folder`, and keeps the train state in `folder/train_state`:
     killed and called again, the training goes on from there and ends with the same weights.
@@ -66,9 +69,11 @@ def train(
       Diverged: a loss or gradient norm is NaN or infinite; the message names the step.
     """
     train_step, tx = make_train_step(objective, config.optimizer, config.steps, config.accumulate)
-    opt_state = init_optimizer(tx, model, mesh)
-    iterator = iter(batches)
     key = jax.random.key(seed)
+    trainable, frozen = split(model, lora, jax.random.fold_in(key, config.steps), mesh)  # a key that no step has
+    del model
+    opt_state = init_optimizer(tx, trainable, mesh)
+    iterator = iter(batches)
     learning_rate = schedule(config.optimizer, config.steps)
     batch_sharding = rules.sharding(mesh, rules.TRAIN, ("batch",))
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,10 +81,10 @@ def train(
     with TrainCheckpoints(folder / "train_state") as checkpoints, contextlib.ExitStack() as opened, jax.set_mesh(mesh):
         # Start where the last run stopped, if one did.
         done = 0
-        restored = checkpoints.restore(TrainState(_shapes(model), _shapes(opt_state)), iterator)
+        restored = checkpoints.restore(TrainState(_shapes(trainable), _shapes(opt_state)), iterator)
         if restored is not None:
             done, state = restored
-            model, opt_state = state.model, state.opt_state
+            trainable, opt_state = state.trainable, state.opt_state
             del state
         metrics_log = opened.enter_context(contextlib.closing(MetricsLog(folder, done)))
 
@@ -100,7 +105,8 @@ def train(
             batch = next(iterator)
             tokens += _tokens(batch)
             batch = hosts.spread(batch, batch_sharding)
-            model, opt_state, metrics = train_step(model, opt_state, batch, jax.random.fold_in(key, step))
+            step_key = jax.random.fold_in(key, step)
+            trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, step_key)
             window.append(metrics)
             last = step + 1 == config.steps
             save = (step + 1) % config.checkpoint_every == 0 and not last
@@ -114,8 +120,9 @@ def train(
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
                 window, tokens, since = [], 0, time.perf_counter()
             if save:
-                checkpoints.save(step + 1, TrainState(model, opt_state), iterator)
-    return model
+                checkpoints.save(step + 1, TrainState(trainable, opt_state), iterator)
+        del opt_state
+        return merge(trainable, frozen)
 
 
 def _shapes(tree):

@@ -48,7 +48,7 @@ def test_every_part_of_a_forward_pass():
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradients(remat):
     c = dataclasses.replace(WIDE, remat=remat)
-    assert counted(jax.grad(total), c) == pytest.approx(formulas.train_flops(c, ROWS, LENGTH), rel=0.05)
+    assert counted(jax.grad(total), c) == pytest.approx(formulas.train_flops(c, ROWS, LENGTH, None), rel=0.05)
 
 
 def test_layers_count_as_often_as_they_run():
@@ -66,8 +66,8 @@ def test_decoding_reads_each_level_once_for_those_that_share_it():
 
 
 def test_chips_share_what_can_be_shared():
-    alone = formulas.train_cost(WIDE, Split(rows=1, weights=1, tensor=1), 8, LENGTH, 1)
-    shared = formulas.train_cost(WIDE, Split(rows=4, weights=8, tensor=2), 8, LENGTH, 1)
+    alone = formulas.train_cost(WIDE, Split(rows=1, weights=1, tensor=1), 8, LENGTH, 1, None)
+    shared = formulas.train_cost(WIDE, Split(rows=4, weights=8, tensor=2), 8, LENGTH, 1, None)
     assert shared.flops == alone.flops / 8
     assert alone.link_bytes == 0 < shared.link_bytes
     assert shared.resident_bytes < alone.resident_bytes / 4

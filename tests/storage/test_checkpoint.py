@@ -225,13 +225,13 @@ def test_a_train_state_comes_back_with_its_place_in_the_data(tmp_path):
     with TrainCheckpoints(folder) as checkpoints:
         step, state = checkpoints.restore(shapes_of(train_state(0)), data)
     assert step == 2
-    assert_equal((state.model, state.opt_state), (train_state(2).model, train_state(2).opt_state))
+    assert_equal((state.trainable, state.opt_state), (train_state(2).trainable, train_state(2).opt_state))
     np.testing.assert_array_equal(next(data).tokens_BT, wanted.tokens_BT)
     assert [path.name for path in folder.iterdir()] == ["2"]  # the one before is gone
 
 
 def shapes_of(state):
-    return TrainState(shapes(state.model), shapes(state.opt_state))
+    return TrainState(shapes(state.trainable), shapes(state.opt_state))
 
 
 def test_a_damaged_train_state_says_what_to_do(tmp_path):

@@ -58,6 +58,7 @@ def run(tiny_llama, one_device):
             objective,
             batches,
             config=config,
+            lora=None,
             mesh=one_device("data", "fsdp", "tensor") if mesh is None else mesh,
             seed=5,
             folder=epath.Path(folder),

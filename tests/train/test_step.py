@@ -40,7 +40,7 @@ def update(model, objective, accumulate, batch):
     """Weights and metrics after one step from a copy of `model`."""
     train_step, tx = make_train_step(objective, OPTIMIZER, 10, accumulate)
     model = jax.tree.map(jnp.copy, model)
-    model, _, metrics = train_step(model, jax.jit(tx.init)(model), batch, jax.random.key(0))
+    model, _, metrics = train_step(model, jax.jit(tx.init)(model), None, batch, jax.random.key(0))
     return model, metrics
 
 
@@ -80,7 +80,7 @@ def test_every_microbatch_draws_its_own_dropout(tiny_llama):
     same_row = jax.tree.map(lambda x: jnp.repeat(x[7:], 2, axis=0), BATCHES[SFT])
     train_step, tx = make_train_step(dropping, OPTIMIZER, 10, 2)
     model = jax.tree.map(jnp.copy, tiny_llama)
-    _, _, metrics = train_step(model, jax.jit(tx.init)(model), same_row, key)
+    _, _, metrics = train_step(model, jax.jit(tx.init)(model), None, same_row, key)
     one_row, objective = jax.tree.map(lambda x: x[:1], same_row), jax.jit(dropping)
     losses = [float(objective(tiny_llama, one_row, jax.random.fold_in(key, i)).loss) / 8 for i in range(2)]
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
@@ -159,6 +159,6 @@ def test_an_optimizers_moments_live_where_their_weights_do(divisible_llama, capl
     model = jax.tree.map(jnp.copy, model)
     with jax.set_mesh(mesh), jax.log_compiles():
         for _ in range(2):
-            model, state, _ = train_step(model, state, batch, jax.random.key(0))
+            model, state, _ = train_step(model, state, None, batch, jax.random.key(0))
             assert_in_place(model, state)
     assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
