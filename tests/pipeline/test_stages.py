@@ -225,6 +225,11 @@ def test_more_token_ids_than_the_model_has_are_refused(tmp_path):
         open_run(tmp_path, model__V=64)
 
 
+def test_adapters_wider_than_the_model_are_refused(tmp_path):
+    with pytest.raises(BadConfig, match=r"^config\.lora: rank is 65, more than the 64 of the narrowest projection"):
+        open_run(tmp_path, lora__rank=65)
+
+
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match=r"config\.workdir .*file/runs cannot be written"):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from srlm_jax.model import llama
+from srlm_jax.model import llama, lora
 from srlm_jax.model.config import LlamaConfig
+from srlm_jax.model.lora import LoraConfig
 from srlm_jax.plan import formulas
 from srlm_jax.plan.formulas import Split
 from srlm_jax.train import losses
@@ -49,6 +50,46 @@ def test_every_part_of_a_forward_pass():
 def test_gradients(remat):
     c = dataclasses.replace(WIDE, remat=remat)
     assert counted(jax.grad(total), c) == pytest.approx(formulas.train_flops(c, ROWS, LENGTH, None), rel=0.05)
+
+
+@pytest.mark.parametrize(("remat", "rank"), [(False, 8), (True, 64)])
+def test_gradients_of_adapters(remat, rank):
+    """What they save, none of the products that give the gradients of weights, less their own products."""
+    c = dataclasses.replace(WIDE, remat=remat)
+    model = llama.abstract(c)
+    adapters = jax.eval_shape(lambda: lora.init(model, LoraConfig(rank=rank, alpha=16.0), jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+
+    def loss(trained, model, tokens_BT):
+        adapters, embedding = trained
+        model = lora.whole(adapters, model)
+        model.embedding = embedding
+        return total(model, tokens_BT)
+
+    # The embedding's gradient adds next to nothing, and makes the one layer give its input's, as all but a model's
+    # first layer do.
+    lowered = jax.jit(jax.grad(loss)).lower((adapters, model.embedding), model, tokens)
+    whole = counted(jax.grad(total), c)
+    saved = formulas.train_flops(c, ROWS, LENGTH, None) - formulas.train_flops(c, ROWS, LENGTH, rank)
+    assert whole - lowered.compile().cost_analysis()["flops"] == pytest.approx(saved, abs=0.005 * whole)
+
+
+def test_adapters_take_their_own_moments_and_no_one_elses():
+    """Rank 4 beside weights of 4 bytes: the frozen ones once, and adapters with gradient and two moments."""
+    alone, rank = Split(rows=1, weights=1, tensor=1), 4
+    adapters = jax.eval_shape(
+        lambda: lora.init(llama.abstract(WIDE), LoraConfig(rank=rank, alpha=16.0), jax.random.key(0))
+    )
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    full, adapted = (formulas.train_cost(WIDE, alone, 8, LENGTH, 1, rank) for rank in (None, rank))
+    assert full.resident_bytes - adapted.resident_bytes == 3 * 4 * WIDE.parameters - 4 * 4 * numbers
+    shared = formulas.train_cost(WIDE, Split(rows=4, weights=8, tensor=2), 8, LENGTH, 1, rank)
+    assert (
+        0
+        < shared.link_bytes
+        < formulas.train_cost(WIDE, Split(rows=4, weights=8, tensor=2), 8, LENGTH, 1, None).link_bytes
+    )
+    assert shared.resident_bytes < adapted.resident_bytes / 2
 
 
 def test_layers_count_as_often_as_they_run():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import base
+from srlm_jax.model.lora import LoraConfig
 from srlm_jax.parallel.mesh import MeshShape
 from srlm_jax.pipeline.settings import BadConfig, read
 from srlm_jax.plan import chips, planning, programs, report, stages
@@ -39,6 +40,21 @@ def test_a_gpu_is_planned_by_formula():
     text = report.text(plan, 2.5)
     assert "6,738,415,616 parameters on h200:8, 8 chips: data 1 x fsdp 8 x tensor 1; by formula" in text
     assert f"{plan.chip_hours:.2f} chip-hours at 2.5 each: {plan.chip_hours * 2.5:.2f}" in text
+
+
+def test_adapters_make_room_for_a_7b_on_one_gpu():
+    s = settings("llama2_7b")
+    kept = dataclasses.replace(s.model, param_dtype="bfloat16")
+    adapted = dataclasses.replace(s, model=kept, lora=LoraConfig(rank=16, alpha=16.0))
+    plan = planning.make_plan(adapted, "h100:1", silent)
+    assert plan.fits
+    assert "6,738,415,616 parameters, in training adapters of rank 16 alone, on h100:1" in report.text(plan, None)
+    full = planning.make_plan(dataclasses.replace(s, model=kept), "h100:1", silent)
+    step, whole = (next(one for one in p.programs if one.name == "SFT step") for p in (plan, full))
+    assert "train adapters alone (config.lora.rank)" in report.text(full, None)
+    assert whole.needed - step.needed == pytest.approx(3 * 2 * s.model.llama.parameters, rel=0.05)
+    with pytest.raises(BadConfig, match="rank is 5000, more than the 4096 of the narrowest projection"):
+        planning.make_plan(dataclasses.replace(s, lora=LoraConfig(rank=5_000, alpha=16.0)), "h100:1", silent)
 
 
 def test_what_does_not_fit_says_which_program_by_how_much_and_what_to_change():
@@ -155,6 +171,23 @@ def test_a_training_step_updates_in_place(tiny_plan):
 def numbers(collective):
     """How many numbers the largest array of an exchange's result has."""
     return math.prod(int(size) for size in collective.result.split("[")[1].rstrip("]").split(",") if size)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_step_of_adapters_takes_frozen_weights_and_returns_none():
+    s = settings("smoke", fsdp=4, tensor=2)
+    sizes = {"V": 512, "D": 512, "L": 4, "N": 4, "K": 2, "H": 128, "F": 1024, "param_dtype": "bfloat16"}
+    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **sizes), reference_batch=16)
+    s = dataclasses.replace(s, lora=LoraConfig(rank=8, alpha=16.0))
+    for found in programs.programs(s, s.mesh, chips.devices(chips.parse_slice("v5e:2x4"))):
+        if found.name.endswith("step"):
+            said = programs.compile_program(found)
+            names = {name.split(".")[0] for name, _ in programs.argument_bytes(found)}
+            assert {"adapters", "frozen weights"} <= names and "weights" not in names
+            frozen = 2 * s.model.llama.parameters / 8
+            assert said.arguments > frozen > 3 * said.output
+            assert said.aliased > 0.9 * said.output
 
 
 @needs_libtpu
