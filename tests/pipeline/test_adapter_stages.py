@@ -68,7 +68,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "before"), [("m1", "m0"), ("m2", "m1")])
 def test_each_model_is_the_one_before_with_other_projections(finished, name, before):
-    models = {part: named_leaves(finished.load_to_train(part)) for part in (name, before)}
+    models = {part: named_leaves(finished.to_train(part)) for part in (name, before)}
     changed = {leaf for leaf, weight in models[before].items() if (models[name][leaf] != weight).any()}
     assert changed == {f"blocks/{projection}" for projection in lora.PROJECTIONS}
     assert not (finished.workdir / name / "train_state").exists()
@@ -87,7 +87,7 @@ def test_the_last_model_exports_as_any_other(finished, tmp_path):
     source = finished.workdir / "m2" / "checkpoint"
     convert(source, tmp_path / "hf", to="hf", dtype=None, shard_bytes=10**9)
     exported = sources.hugging_face(epath.Path(tmp_path / "hf"))
-    model = finished.load_to_train("m2")
+    model = finished.to_train("m2")
     down = exported["model.layers.1.mlp.down_proj.weight"].whole()
     np.testing.assert_array_equal(down, np.asarray(model.blocks.down[1]).T)
 
