@@ -81,7 +81,6 @@ def refusal(settings: Settings, shape: MeshShape) -> str | None:
     if c.D % shape.fsdp:
         return f"config.mesh.fsdp is {shape.fsdp}, which does not divide config.model.D ({c.D})"
     try:
-        check_adapters(settings)
         check_batches(settings, shape.data * shape.fsdp)
     except BadConfig as error:
         return str(error)
@@ -171,6 +170,7 @@ def make_plan(settings: Settings, topology: str, report: Callable[[str], None]) 
       ImportError: the compiler is not installed.
     """
     settings = with_numbers(settings)
+    check_adapters(settings)
     if topology.startswith("auto:"):
         return smallest(settings, topology.removeprefix("auto:"), report)
     where = chips.parse_slice(topology)
