@@ -137,7 +137,10 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
         # Gradients are reduced as often as weights are gathered for a pass.
         link_bytes=accumulate * _gathered(passes * weights + reduced_grads, fsdp)
         + 2 * _gathered(reduced, split.tensor),
-        resident_bytes=frozen + 4 * trained + _activations(c, split, rows // accumulate, length, kept=True),
+        # Weights, gradients and two moments; and the sum of the gradients so far beside a microbatch's own.
+        resident_bytes=frozen
+        + (4 if accumulate == 1 else 5) * trained
+        + _activations(c, split, rows // accumulate, length, kept=True),
     )
 
 
