@@ -20,7 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Before anything imports them: every annotated shape in these modules is checked. The trees of arrays in other modules
 # are also made of shapes and shardings at times, which their annotations do not say; the losses carry none, so that
 # they need no jaxtyping.
-CHECKED = ["srlm_jax.model.ops", "srlm_jax.model.llama", "srlm_jax.sampling.filters"]
+CHECKED = ["srlm_jax.model.attention", "srlm_jax.model.ops", "srlm_jax.model.llama", "srlm_jax.sampling.filters"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from srlm_jax.model.attention import Readable
 from srlm_jax.model.config import LlamaConfig
 
 
@@ -25,6 +26,10 @@ class Level:
     v_LRKSH: Float[Array, "L R K S H"]
     valid_RS: Bool[Array, "R S"]
 
+    @property
+    def readable(self) -> Readable:
+        return Readable(causal=False, segments_BT=None, valid_RS=self.valid_RS)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +38,14 @@ class Cache:
 
     parents: finished levels, root first; every new token may read every valid slot of its ancestors.
     k, v: the leaf level, which receives the T new tokens of all rows at `slot`.
-    mask_BTS: which leaf slots each new token may read, itself included.
+    readable: which leaf slots each new token may read, itself included.
     """
 
     parents: tuple[Level, ...]
     k_LBKSH: Float[Array, "L B K S H"]
     v_LBKSH: Float[Array, "L B K S H"]
     slot: Int[Array, ""]
-    mask_BTS: Bool[Array, "B T S"]
+    readable: Readable
 
 
 def empty(config: LlamaConfig, rows: int, slots: int) -> Float[Array, "L R K S H"]:

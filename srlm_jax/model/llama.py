@@ -12,9 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from srlm_jax.model import ops
+from srlm_jax.model import attention, ops
+from srlm_jax.model.attention import Part, Readable
 from srlm_jax.model.cache import Cache
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.parallel import rules
@@ -97,11 +98,11 @@ class Llama(nnx.Module):
         B, T = tokens_BT.shape
         cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta, c.rope_scaling)
         if cache is None:
-            mask_BTS = causal_mask(T, segments_BT)
+            readable = Readable(causal=True, segments_BT=segments_BT, valid_RS=None)
             parents, leaf = (), None
         else:
             assert segments_BT is None
-            mask_BTS, parents, leaf = cache.mask_BTS, cache.parents, (cache.k_LBKSH, cache.v_LBKSH)
+            readable, parents, leaf = cache.readable, cache.parents, (cache.k_LBKSH, cache.v_LBKSH)
 
         # Between the halves of a block, and so in what gradients keep of it, the tokens of a row are shared by the
         # devices that split its products (Megatron's sequence parallelism, arXiv 2205.05198). The products' operands
@@ -130,12 +131,9 @@ class Llama(nnx.Module):
                     for kv, new in zip(leaf, (k_BKTH, v_BKTH), strict=True)
                 )
                 k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(kv, layer, keepdims=False) for kv in leaf)
-            parts = [ops.attend(q_BNTH, k_BKSH, v_BKSH, mask_BTS[:, None])]
-            parts += [
-                ops.attend(q_BNTH, k, v, level.valid_RS[:, None, None])
-                for level, (k, v) in zip(parents, parent_kvs, strict=True)
-            ]
-            a_BNTH = ops.merge_attention(*map(list, zip(*parts, strict=True)))
+            parts = [Part(k_BKSH, v_BKSH, readable)]
+            parts += [Part(k, v, level.readable) for level, (k, v) in zip(parents, parent_kvs, strict=True)]
+            a_BNTH = attention.attend(q_BNTH, parts)
             a_BTD = scattered(ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D)))
             x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(0)(a_BTD))
             h_BTD = whole(ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps))
@@ -158,20 +156,6 @@ def project(x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"] | ops.Ada
     """Queries, keys or values, head-major: the layout in which attention is two plain batched matrix products."""
     (B, T, _), (D, N, H) = x_BTD.shape, w_DNH.shape
     return ops.linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(B, T, N, H).swapaxes(1, 2)
-
-
-def causal_mask(length: int, segments_BT: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:
-    """Which token (second axis) reads which (third): itself and earlier ones of its own document.
-
-    segments a a b b ->   1 . . .
-                          1 1 . .
-                          . . 1 .
-                          . . 1 1
-    """
-    causal = jnp.tril(jnp.ones((length, length), bool))[None]
-    if segments_BT is None:
-        return causal
-    return causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 def init(config: LlamaConfig, key: PRNGKeyArray) -> Llama:

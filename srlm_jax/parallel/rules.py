@@ -1,7 +1,7 @@
 """Logical axis -> mesh axis: the one table, and the only place where a PartitionSpec is made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -76,6 +76,33 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
         split = tuple(name for name in ACTIVATIONS[axis] if name in mesh.shape)
         rules[axis] = split if size % math.prod(mesh.shape[name] for name in split) == 0 else ()
     return jax.lax.with_sharding_constraint(x, sharding(mesh, rules, axes))
+
+
+def on_each_device(function: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple[str, ...]]) -> jax.Array:
+    """`function(*arrays)`, run by each device on its own parts of them, for what the compiler cannot split; the result
+    is as the first of them.
+
+    `axes` are the logical axes of each array. An axis is split where it is longer than 1, alike in all arrays, and in
+    none where the mesh does not divide one of them. Without a mesh (`jax.set_mesh`), the function itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    sizes: dict[str, set[int]] = {}
+    for array, named in zip(arrays, axes, strict=True):
+        for axis, size in zip(named, array.shape, strict=True):
+            sizes.setdefault(axis, set()).add(size)
+    rules: dict[str, MeshAxes] = {}
+    for axis, found in sizes.items():
+        split = tuple(name for name in ACTIVATIONS[axis] if name in mesh.shape)
+        over = math.prod(mesh.shape[name] for name in split)
+        rules[axis] = split if all(size == 1 or size % over == 0 for size in found) else ()
+    specs = []
+    for array, named in zip(arrays, axes, strict=True):
+        whole = {axis: () for axis, size in zip(named, array.shape, strict=True) if size == 1}
+        specs.append(sharding(mesh, rules | whole, named).spec)
+    # Kernels do not say over which axes of the mesh their results differ: check_vma.
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

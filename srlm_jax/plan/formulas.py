@@ -2,6 +2,9 @@
 
 The compiler's own count takes a loop's body once, so these formulas count what the loops run; tests hold them against
 the compiler's count of programs without loops. Everything is for one chip of a mesh of `data` x `fsdp` x `tensor`.
+
+No attention score passes between chip and memory: the kernels of TPUs and GPUs keep them (`model.attention`). A prefill
+that merges levels on a GPU has none and is slower than its formula.
 """
 
 import dataclasses
@@ -50,7 +53,11 @@ def kv_token_bytes(c: LlamaConfig) -> int:
 
 
 def block_flops(c: LlamaConfig, tokens: int, keys: int) -> float:
-    """One forward pass of `tokens` through all blocks, each token scored against `keys` keys, masked ones included."""
+    """One forward pass of `tokens` through all blocks, each token scored against `keys` keys, masked ones included.
+
+    So plain attention computes. A fused causal kernel skips nearly half of the scores, and computes some of them twice
+    more on the way back; neither is counted.
+    """
     weights = c.D * c.H * (2 * c.N + 2 * c.K) + 3 * c.D * c.F
     return 2.0 * c.L * tokens * (weights + 2 * c.N * c.H * keys)
 
@@ -93,10 +100,11 @@ def _activations(c: LlamaConfig, split: Split, rows: int, length: int, *, kept: 
     """Intermediate results alive at once: a block's, and each block's input where gradients are wanted."""
     wide = _BYTES[c.compute_dtype]
     own = split.own_rows(rows) * length
-    inputs = own * c.D * wide * (c.L if kept else 1)
-    scores = own * length * c.N // split.tensor * 4 * (2 if kept else 1)
+    # Between blocks the chips that split a product share its tokens; within, all of them hold the width of each.
+    inputs = own * c.D * wide * ((c.L if kept else 1) / split.tensor + 3)
+    attention = 2 * own * (c.N + c.K) * c.H // split.tensor * wide  # its operands and its output
     mlp = 3 * own * c.F // split.tensor * wide
-    return inputs + scores + mlp
+    return inputs + attention + mlp
 
 
 def forward_cost(c: LlamaConfig, split: Split, rows: int, length: int) -> Cost:
@@ -104,11 +112,10 @@ def forward_cost(c: LlamaConfig, split: Split, rows: int, length: int) -> Cost:
     own, wide = split.own_rows(rows), _BYTES[c.compute_dtype]
     fsdp = split.weights // split.tensor
     weights = c.parameters * wide / split.tensor
-    scores = own * length**2 * c.N / split.tensor * c.L * 4 * 2
     reduced = 2 * c.L * own * length * c.D * wide
     return Cost(
         flops=forward_flops(c, own, length) / split.tensor,
-        memory_bytes=weights + scores,
+        memory_bytes=weights,
         link_bytes=_gathered(weights, fsdp) + 2 * _gathered(reduced, split.tensor),
         resident_bytes=param_bytes(c) / split.weights + _activations(c, split, rows, length, kept=False),
     )
@@ -128,12 +135,11 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
         along, across = _adapter_sizes(c, rank)
         trained, frozen = 4 * (along / fsdp + across / split.tensor), kept
         reduced_grads = 4 * (along + across / split.tensor)
-    scores = own * length**2 * c.N / split.tensor * c.L * 4 * 2 * passes
     reduced = 2 * passes * c.L * own * length * c.D * wide
     return Cost(
         flops=train_flops(c, own, length, rank) / split.tensor,
         # AdamW reads weights, gradients and two moments and writes all but the gradients.
-        memory_bytes=accumulate * passes * weights + 7 * trained + scores,
+        memory_bytes=accumulate * passes * weights + 7 * trained,
         # Gradients are reduced as often as weights are gathered for a pass.
         link_bytes=accumulate * _gathered(passes * weights + reduced_grads, fsdp)
         + 2 * _gathered(reduced, split.tensor),
@@ -150,11 +156,10 @@ def prefill_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, slots:
     shared, rest = slots
     flops = block_flops(c, own * shared, shared) + block_flops(c, own * prompts * rest, rest + shared)
     tokens = own * (shared + prompts * rest)
-    scores = own * c.N / split.tensor * c.L * 4 * 2 * (shared**2 + prompts * rest * (rest + shared))
     return Cost(
         flops=flops / split.tensor,
         # The group's level and the prompts' are a pass over all weights each.
-        memory_bytes=2 * sample_bytes(c) / split.weights + scores + tokens * kv_token_bytes(c) / split.tensor,
+        memory_bytes=2 * sample_bytes(c) / split.weights + tokens * kv_token_bytes(c) / split.tensor,
         link_bytes=2 * _gathered(2 * c.L * tokens * c.D * wide, split.tensor),
         resident_bytes=held + 2 * tokens * kv_token_bytes(c) / split.tensor,
     )

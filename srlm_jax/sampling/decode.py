@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from srlm_jax.model import cache as kv
+from srlm_jax.model.attention import Readable
 from srlm_jax.model.cache import Cache, Level
 from srlm_jax.model.llama import Llama
 from srlm_jax.sampling import filters
@@ -71,14 +72,14 @@ def _ancestors(prefix: Level | None, *levels: Level) -> tuple[Level, ...]:
 def _prefill(model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, start_R) -> Level:
     R, T = tokens_RT.shape
     valid_RT = jnp.arange(T)[None] < lengths_R[:, None]
-    causal_TT = jnp.tril(jnp.ones((T, T), bool))
     empty = kv.empty(model.config, R, T)
     cache = Cache(
         parents=parents,
         k_LBKSH=empty,
         v_LBKSH=empty,
         slot=jnp.int32(0),
-        mask_BTS=valid_RT[:, None, :] & causal_TT[None],
+        # What fills a row up lies to the right of its tokens, so that none of them reads it.
+        readable=Readable(causal=True, segments_BT=None, valid_RS=None),
     )
     positions_RT = start_R[:, None] + jnp.arange(T)[None]
     _, cache = model(tokens_RT, positions_RT, segments_BT=None, cache=cache, dropout=None)
@@ -227,7 +228,7 @@ def decode(
             k_LBKSH=state.k_LBKSH,
             v_LBKSH=state.v_LBKSH,
             slot=slot,
-            mask_BTS=age_S[None, None] <= state.written_B[:, None, None],
+            readable=Readable(causal=False, segments_BT=None, valid_RS=age_S[None] <= state.written_B[:, None]),
         )
         hidden_B1D, cache = model(
             state.last_B[:, None], state.position_B[:, None], segments_BT=None, cache=cache, dropout=None

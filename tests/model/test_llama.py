@@ -10,10 +10,17 @@ import pytest
 
 from srlm_jax.data.batches import PairBatch, Row, token_batch
 from srlm_jax.model import llama, ops
+from srlm_jax.model.attention import Readable
 from srlm_jax.model.cache import Cache, Level, empty
 from srlm_jax.train import objectives
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CAUSAL = Readable(causal=True, segments_BT=None, valid_RS=None)
+
+
+def held(valid_S, rows):
+    """The same slots of every row may be read."""
+    return Readable(causal=False, segments_BT=None, valid_RS=jnp.broadcast_to(valid_S, (rows, valid_S.size)))
 
 
 def tokens(*shape):
@@ -30,9 +37,9 @@ def forward(model, tokens_BT, *, positions_BT=None, segments_BT=None, dropout=No
 
 
 @jax.jit
-def step(model, tokens_BT, positions_BT, parents, leaf, slot, mask_BTS):
+def step(model, tokens_BT, positions_BT, parents, leaf, slot, readable):
     """One cached pass: hidden states, and the leaf's keys and values."""
-    cache = Cache(parents=parents, k_LBKSH=leaf[0], v_LBKSH=leaf[1], slot=slot, mask_BTS=mask_BTS)
+    cache = Cache(parents=parents, k_LBKSH=leaf[0], v_LBKSH=leaf[1], slot=slot, readable=readable)
     hidden, cache = model(tokens_BT, positions_BT, segments_BT=None, cache=cache, dropout=None)
     return hidden, (cache.k_LBKSH, cache.v_LBKSH)
 
@@ -43,8 +50,7 @@ def prefill(model, tokens_RT, lengths, start, parents):
     valid = jnp.arange(T)[None] < jnp.array(lengths)[:, None]
     positions = jnp.array(start)[:, None] + jnp.arange(T)[None]
     leaf = (empty(model.config, R, T),) * 2
-    mask = valid[:, None] & jnp.tril(jnp.ones((T, T), bool))[None]
-    hidden, (k, v) = step(model, tokens_RT, positions, parents, leaf, 0, mask)
+    hidden, (k, v) = step(model, tokens_RT, positions, parents, leaf, 0, CAUSAL)
     return hidden, Level(k, v, valid)
 
 
@@ -89,22 +95,17 @@ def test_packed_documents_do_not_see_each_other(tiny_llama):
     np.testing.assert_allclose(found, wanted, **CLOSE)
 
 
-def test_causal_mask_by_hand():
-    mask = llama.causal_mask(4, jnp.array([[1, 1, 2, 2]]))
-    assert mask.astype(int).tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
-
-
 def test_one_level_prefill_and_decode_is_the_forward_pass(tiny_llama):
     row = tokens(2, 9)
     wanted = forward(tiny_llama, row)
     leaf = (empty(tiny_llama.config, 2, 12),) * 2
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    causal = jnp.tril(jnp.ones((5, 12), bool))[None].repeat(2, axis=0)
-    hidden, leaf = step(tiny_llama, row[:, :5], positions, (), leaf, 0, causal)
+    hidden, leaf = step(tiny_llama, row[:, :5], positions, (), leaf, 0, CAUSAL)
     np.testing.assert_allclose(hidden, wanted[:, :5], **CLOSE)
     for t in range(5, 9):
-        mask = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
-        hidden, leaf = step(tiny_llama, row[:, t : t + 1], jnp.full((2, 1), t), (), leaf, t, mask)
+        hidden, leaf = step(
+            tiny_llama, row[:, t : t + 1], jnp.full((2, 1), t), (), leaf, t, held(jnp.arange(12) <= t, 2)
+        )
         np.testing.assert_allclose(hidden[:, 0], wanted[:, t], **CLOSE)
 
 
@@ -135,9 +136,8 @@ def test_a_tree_of_levels_with_ragged_rows_and_a_ring_is_the_forward_pass(tiny_l
     for t in range(4):
         slot = (2 + t) % 4
         age = (slot - jnp.arange(4)) % 4
-        mask = jnp.broadcast_to(age <= t, (8, 1, 4))
         last = jnp.array([row[t] for row in samples])[:, None]
-        hidden, leaf = step(tiny_llama, last, (position_B + t)[:, None], parents, leaf, slot, mask)
+        hidden, leaf = step(tiny_llama, last, (position_B + t)[:, None], parents, leaf, slot, held(age <= t, 8))
         found.append(hidden[:, 0])
 
     for b, sample in enumerate(samples):

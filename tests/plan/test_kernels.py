@@ -1,0 +1,52 @@
+"""Attention in programs compiled for TPUs that are not there."""
+
+import dataclasses
+import importlib.util
+import re
+
+import pytest
+
+from configs import base
+from srlm_jax.pipeline.settings import read
+from srlm_jax.plan import chips, hlo, programs
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `plan`"),
+    pytest.mark.slow,
+]
+
+
+def compiled_text(monkeypatch, name):
+    """What the compiler writes of the smoke scale's program for a model of narrow layers."""
+    s = read(base.get_config("smoke", 2).to_dict() | {"mesh": {"data": 1, "fsdp": 4, "tensor": 2}})
+    sizes = {"V": 512, "D": 128, "L": 2, "N": 4, "K": 2, "H": 64, "F": 256}
+    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **sizes))
+    found = programs.programs(s, s.mesh, chips.devices(chips.parse_slice("v5e:2x4")))
+    texts = []
+    monkeypatch.setattr(hlo, "collectives", lambda text, unknown_trips: texts.append(text))
+    programs.compile_program(next(program for program in found if program.name == name))
+    return texts[0]
+
+
+def score_arrays(text):
+    """Arrays that have a number for each of at least 128 queries and more than 128 keys; no weight has so many axes.
+
+    The kernel itself writes 128 numbers a query: its log-sum-exp, as often as a TPU's register is wide.
+    """
+    shapes = re.findall(r"\b(?:f32|bf16|pred)\[([0-9,]+)\]", text)
+    sizes = {tuple(map(int, shape.split(","))) for shape in shapes}
+    return [shape for shape in sizes if len(shape) > 3 and shape[-2] >= 128 < shape[-1]]
+
+
+KERNELS = {
+    "DPO step": {"splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals"},
+    "prefill, judgements": {"splash_mha_fwd_residuals", "splash_mha_fwd_segmented_residuals"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_a_tpu_computes_attention_in_its_kernel_and_holds_no_scores(monkeypatch, name):
+    text = compiled_text(monkeypatch, name)
+    assert "tpu_custom_call" in text
+    assert set(re.findall(r"splash_mha_[a-z_]+residuals", text)) == KERNELS[name]
+    assert score_arrays(text) == []
