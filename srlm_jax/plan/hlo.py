@@ -51,7 +51,7 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
         if (head := _HEAD.match(line)) is not None:
             lines = found[head[1]] = []
             entry = head[1] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line == "}":  # a kernel's own notes have lines that begin so
             lines = []
         else:
             lines.append(line)

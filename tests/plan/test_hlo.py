@@ -80,6 +80,9 @@ TPU = """HloModule jit_step
 }
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %k = bf16[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"notes":"{}"
+}}, metadata={op_name="kernel"}
   %x.1 = bf16[4096,64]{1,0} fusion(%p), kind=kOutput, calls=%fused.1
   %x.2 = bf16[4096,64]{1,0} fusion(%p), kind=kOutput, calls=%fused.2
   %s = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x.3), channel_id=9, source_target_pairs={{0,1}}
