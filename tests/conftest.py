@@ -34,6 +34,14 @@ def pytest_runtest_setup(item):
         pytest.skip("needs the extra `parity`")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go():
+    """Compiled programs take some of the 65,530 pieces of memory that Linux lets a process have, and where there is none
+    left the compiler ends it: those of a file go when it is done."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """`shared_data("oasst/en_100_tree.jsonl")`: a public file that is not part of the project, or the test is skipped.
