@@ -36,8 +36,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_let_go():
-    """Compiled programs take some of the 65,530 pieces of memory that Linux lets a process have, and where there is none
-    left the compiler ends it: those of a file go when it is done."""
+    """Compiled programs take some of the 65,530 pieces of memory that Linux lets a process have, and where none is left
+    the compiler ends it: those of a file go when it is done."""
     yield
     jax.clear_caches()
 
