@@ -151,6 +151,10 @@ class TrainCheckpoints:
             ),
         )
 
+    def any_saved(self) -> bool:
+        """Whether there is a train state to go on from."""
+        return self._manager.latest_step() is not None
+
     def restore(self, like: TrainState, batches: grain.DatasetIterator) -> tuple[int, TrainState] | None:
         """The last saved step with its state, and `batches` moved to where it was; None where nothing was saved.
 

@@ -81,7 +81,12 @@ def train(
     with TrainCheckpoints(folder / "train_state") as checkpoints, contextlib.ExitStack() as opened, jax.set_mesh(mesh):
         # Start where the last run stopped, if one did.
         done = 0
-        restored = checkpoints.restore(TrainState(_shapes(trainable), _shapes(opt_state)), iterator)
+        like = TrainState(_shapes(trainable), _shapes(opt_state))
+        if checkpoints.any_saved():
+            # Room for what was saved: whoever called may still have a name for what it would have begun with.
+            for x in jax.tree.leaves((trainable, opt_state)):
+                x.delete()
+        restored = checkpoints.restore(like, iterator)
         if restored is not None:
             done, state = restored
             trainable, opt_state = state.trainable, state.opt_state

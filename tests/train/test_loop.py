@@ -50,11 +50,13 @@ def interrupted(batches, after):
 def run(tiny_llama, one_device):
     """Trains a copy of the tiny Llama on the toy task in a folder."""
 
-    def run(folder, *, killed_at=10**6, model=tiny_llama, mesh=None, config=CONFIG, objective=SFT, rows=None):
+    def run(
+        folder, *, killed_at=10**6, model=tiny_llama, given=None, mesh=None, config=CONFIG, objective=SFT, rows=None
+    ):
         rows = counting_rows() if rows is None else rows
         batches = interrupted(padded_batches(rows, 8, config.batch_size, seed=3), killed_at)
         return train(
-            jax.tree.map(jnp.copy, model),
+            jax.tree.map(jnp.copy, model) if given is None else given,
             objective,
             batches,
             config=config,
@@ -112,6 +114,14 @@ def test_a_resumed_training_does_not_start_over(run, tmp_path):
     with pytest.raises(Killed):
         run(tmp_path, killed_at=5)
     run(tmp_path, killed_at=6)
+
+
+def test_a_resumed_training_keeps_nothing_of_what_it_would_have_begun_with(run, tiny_llama, tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, killed_at=6)
+    given = jax.tree.map(jnp.copy, tiny_llama)
+    run(tmp_path, given=given)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
 
 
 def test_a_line_that_the_kill_cut_short_is_forgotten(run, straight, tmp_path):
