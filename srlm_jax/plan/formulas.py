@@ -104,7 +104,7 @@ def _activations(c: LlamaConfig, split: Split, rows: int, length: int, *, kept: 
     if not kept:
         return own * wide * (4 * c.D + attention + 3 * mlp)
     # Between blocks the chips that split a product share its tokens; within, all of them hold the width of each. How
-    # many arrays a block's way back has at once is the TPU compiler's count: it is 5 % to 20 % less than this.
+    # many arrays a block's way back has at once is set to the TPU compiler's count: see the figures in docs/plan.md.
     stored = own * wide * c.L * c.D / split.tensor
     return stored + own * wide * (24 * c.D + 12 * mlp)
 
