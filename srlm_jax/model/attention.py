@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from srlm_jax.model import ops
+from srlm_jax.model import decode_attention, ops
 from srlm_jax.parallel import rules
 
 # The smallest piece of a row that a TPU's kernel works on; below it the scores are small, and plain attention is best.
@@ -198,7 +198,9 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
     """
     (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[3]
     if T == 1:
-        return plain
+        slot_bytes = part.k_LRKSH.shape[2] * H * part.k_LRKSH.dtype.itemsize
+        whole = H % LANES == 0 and decode_attention.block_size(S, slot_bytes) is not None
+        return decoding if platform == "tpu" and whole else plain
     if platform == "tpu" and min(T, S) >= LANES:
         return splash
     # jax gives cuDNN's log-sum-exp in the output's 16 bits, too few to merge parts by.
@@ -233,6 +235,26 @@ def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array
     out, lse = jax.lax.map(one, (jnp.arange(blocks), jnp.moveaxis(q, 2, 0)))
     joined = jnp.moveaxis(out, 0, 2).reshape(B, N, -1, H), jnp.moveaxis(lse, 0, 2).reshape(B, N, -1)
     return joined[0][:, :, :T], joined[1][:, :, :T]
+
+
+def decoding(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
+    """The kernel of `decode_attention`, for one new token a row."""
+    B, N, _, H = q_BNTH.shape
+    _, R, K, S, _ = part.k_LRKSH.shape
+    C, readable = B // R, part.readable
+    # Siblings are so many more query heads of a key-value head.
+    q_RKQH = q_BNTH.reshape(R, C, K, N // K, H).swapaxes(1, 2).reshape(R, K, C * N // K, H)
+    zeros_R = jnp.zeros(R, jnp.int32)
+    out, lse = decode_attention.flash_decode(
+        q_RKQH * H**-0.5,
+        part.k_LRKSH,
+        part.v_LRKSH,
+        part.layer,
+        zeros_R if readable.start_R is None else readable.start_R,
+        zeros_R + S if readable.length_R is None else readable.length_R,
+    )
+    out = out.reshape(R, K, C, N // K, H).swapaxes(1, 2).reshape(B, N, 1, H)
+    return out, lse.reshape(R, K, C, N // K).swapaxes(1, 2).reshape(B, N, 1)
 
 
 def splash(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:

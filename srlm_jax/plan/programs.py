@@ -207,7 +207,8 @@ def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cos
     seed = jax.eval_shape(lambda: jax.random.key(0))
     prefix = None
     if x.prefix:
-        prefix = jax.eval_shape(dec.prefill_prefix, model, jax.ShapeDtypeStruct((1, x.prefix), jnp.int32))
+        shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
+        prefix = jax.eval_shape(dec.prefill_prefix, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
     state = jax.eval_shape(lambda prefix, seed: dec.start(model, prefix, x.room, seed), prefix, seed)
     state: DecodeState = jax.tree.map(
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, engine.shardings(mesh, state)

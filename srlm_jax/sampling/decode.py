@@ -142,11 +142,9 @@ def _prefill(model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, sta
 
 
 @jax.jit
-def prefill_prefix(model: Llama, tokens_1T: Int[Array, "1 T"]) -> Level:
-    """The level of the tokens that all prompts begin with."""
-    length = tokens_1T.shape[1]
-    start = jnp.zeros(1, jnp.int32)
-    return _prefill(model, (), tokens_1T, jnp.full(1, length), start, chunk=length)
+def prefill_prefix(model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"]) -> Level:
+    """The level of the tokens that all prompts begin with, filled up behind."""
+    return _prefill(model, (), tokens_1T, length_1, jnp.zeros(1, jnp.int32), chunk=tokens_1T.shape[1])
 
 
 def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> DecodeState:
@@ -205,7 +203,7 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
     """Reads new groups into their slots, each prompt once, and puts their samples at the end of the queue."""
     A, P, C = new.limit_APC.shape
     parents = () if state.prefix is None else (state.prefix,)
-    start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.k_LRKSH.shape[3])
+    start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.length_R[0])
     group_level = _prefill(model, parents, new.group_tokens_AT, new.group_length_A, start_A, chunk=PREFILL_CHUNK)
     start_AP = jnp.broadcast_to((start_A + new.group_length_A)[:, None], (A, P))
     prompt_level = _prefill(

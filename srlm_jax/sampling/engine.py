@@ -84,6 +84,11 @@ def bucket(length: int) -> int:
     return size
 
 
+def prefix_slots(length: int) -> int:
+    """Slots for what all prompts begin with, which is prefilled in one piece: whole blocks of the TPU's kernel."""
+    return -(-length // 64) * 64
+
+
 def _common(sequences: Sequence[Ids]) -> int:
     """Length of the longest common beginning: that of the first and the last in order."""
     first, last = min(sequences), max(sequences)
@@ -198,8 +203,11 @@ def _run(
     decode_config = DecodeConfig(temperature=draw.temperature, top_p=draw.top_p, steps=config.steps)
     prefix = None
     if layout.prefix:
-        prefix = dec.prefill_prefix(model, np.asarray([layout.prefix], np.int32))
-        work.prefilled_tokens += len(layout.prefix)
+        length = len(layout.prefix)
+        tokens = np.zeros((1, prefix_slots(length)), np.int32)
+        tokens[0, :length] = layout.prefix
+        prefix = dec.prefill_prefix(model, tokens, np.full(1, length, np.int32))
+        work.prefilled_tokens += length
     state = _start(model, prefix, room, key, mesh)
 
     # The longest first: those that are read together are then alike, and little is computed to fill them up.

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from srlm_jax.parallel import rules
+
 
 def in_nucleus(probs_BV: Float[Array, "B V"], token_B: Int[Array, "B"], top_p: float) -> Bool[Array, "B"]:
     """Whether a token of each row is in its nucleus (Holtzman et al., arXiv 1904.09751); `probs_BV` need no norm.
@@ -40,7 +42,8 @@ def draw(logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], temperature: f
     # A power of two divides among devices, as the vocabulary does.
     N = min(V & -V, 256)
     blocks_BNV = probs_BV.reshape(B, N, V // N)
-    masses_BN = jnp.sum(blocks_BNV, axis=-1)
+    # A few numbers a row, wanted whole: to cumulate them across devices takes many small exchanges.
+    masses_BN = rules.constrain(jnp.sum(blocks_BNV, axis=-1), "batch", "slots")
 
     def pick(weights_BN: Array, uniform_B: Array) -> Array:
         cumulated = jnp.cumsum(weights_BN, axis=-1)
