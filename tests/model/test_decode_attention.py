@@ -102,8 +102,8 @@ def test_blocks_by_hand():
 
 
 def test_a_judge_of_7b_reads_little_more_than_what_it_has_to_and_far_less_than_one_that_shares_nothing():
-    """150 tokens of each of 3 judgements of 4 responses of 400 tokens to an instruction of 80: 272 tokens of rubric come
-    before and 97 behind. Counted in slots of a layer, for each token of a judgement, 96 of them decoded at a time."""
+    """150 tokens of each of 3 judgements of 4 responses of 400 tokens to an instruction of 80: 272 tokens of rubric
+    come before and 97 behind. Counted in slots of a layer, for each token of a judgement, 96 rows at a time."""
     block = lambda room: decode_attention.block_size(room, 32 * 128 * 2)
 
     def read(lengths, room):
