@@ -208,6 +208,69 @@ def test_rows_that_end_early_make_room(run):
     assert work.sampled_tokens <= work.row_steps < 0.25 * len(groups) * draw.samples * draw.max_new_tokens
 
 
+def test_a_judge_of_the_paper_s_lengths_reads_a_fifth_of_what_it_would_without_sharing(run):
+    """A rubric of 272 tokens, then an instruction of 80 and, 4 times, a response of 400 and 97 more; 3 votes each. What
+    is computed to fill up batches comes on top: where responses differ in length as answers do, two thirds."""
+    rng = np.random.default_rng(0)
+    opening, behind = tuple(rng.integers(1, 40, 272).tolist()), tuple(rng.integers(1, 40, 97).tolist())
+
+    def one(i, lengths):
+        instruction = (*opening, *ids(rng, 80, 81))
+        return group(address=(i, 0), prompts=tuple((*instruction, *ids(rng, n, n + 1), *behind) for n in lengths))
+
+    draw, config = dataclasses.replace(RANDOM, max_new_tokens=1, stops=()), EngineConfig(rows=96, steps=1)
+    work = Work()
+    run([one(i, [400] * 4) for i in range(32)], draw, config, work=work)
+    assert work.prompt_tokens == 32 * 12 * (272 + 80 + 400 + 97 - 1)
+    assert work.prefilled_tokens <= 0.21 * work.prompt_tokens
+    work = Work()
+    lengths = np.minimum(rng.lognormal(np.log(400) - 0.18, 0.6, (32, 4)).astype(int) + 1, 1_024)
+    run([one(i, some) for i, some in enumerate(lengths.tolist())], draw, config, work=work)
+    assert work.prefilled_tokens <= 0.21 * work.prompt_tokens
+    assert work.padded_tokens <= 0.7 * work.prefilled_tokens
+
+
+# rows, prompts, samples; mean, spread of the logarithm, most, all in tokens; and by what they are divided here.
+ANSWERS, VERDICTS = (1, 4, 391, 0.6, 1_024, 16), (4, 3, 150, 0.4, 256, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "lengths"), [(64, ANSWERS), (256, ANSWERS), (96, VERDICTS)])
+def test_rows_are_hardly_ever_idle(make_llama, one_device, rows, lengths):
+    """Lengths are spread as those of answers and judgements are, and there are 60 samples a row. With the beginning and
+    the end of it all, 95 of 100 row's steps give a token that is wanted; batches that wait for their longest, 40."""
+    prompts, samples, mean, spread, most, divisor = lengths
+    rng = np.random.default_rng(0)
+    size = (60 * rows // (prompts * samples), prompts, samples)
+    limits = np.minimum(rng.lognormal(np.log(mean) - spread**2 / 2, spread, size), most) // divisor + 1
+    groups = [
+        group(address=(i, 0), prompts=((5, 6, 7),) * prompts, limits=tuple(map(tuple, some)))
+        for i, some in enumerate(limits.astype(int).tolist())
+    ]
+    longest = most // divisor + 1
+    draw = Draw(samples=samples, temperature=0.9, top_p=0.9, max_new_tokens=longest, stops=())
+    work = Work()
+    found = sample(
+        make_llama(L=1), groups, draw, key=jax.random.key(0), config=EngineConfig(rows=rows, steps=1),
+        mesh=one_device("data", "tensor"), report=lambda finished, sampled: None, work=work,
+    )  # fmt: skip
+    assert [[[len(new.ids) for new in one] for one in some] for some in found] == limits.astype(int).tolist()
+    assert work.sampled_tokens >= 0.95 * work.row_steps
+
+
+def test_limits_end_samples_and_change_no_token_before(run, drawn):
+    groups, samples = drawn
+    rng = np.random.default_rng(2)
+    limited = [
+        dataclasses.replace(one, limits=tuple(tuple(rng.integers(1, 9, 3).tolist()) for _ in one.prompts))
+        for one in groups
+    ]
+    found = run(limited, RANDOM, NARROW)
+    for one, new, old in zip(limited, found, samples, strict=True):
+        for limits, some, before in zip(one.limits, new, old, strict=True):
+            assert [sample.ids for sample in some] == [b.ids[:n] for b, n in zip(before, limits, strict=True)]
+
+
 def test_progress_adds_up_to_all_that_was_sampled(run, drawn):
     groups, samples = drawn
     reports = []
@@ -268,6 +331,12 @@ def test_rows_and_heads_split_over_8_devices_change_no_sample(divisible, tensor)
 
 def test_nothing_to_do_is_done_at_once(run):
     assert run([], GREEDY, NARROW) == []
+
+
+@pytest.mark.parametrize("limits", [((3, 3),), ((3, 3, 0),), ((3, 3, 13),), ((3, 3, 3),) * 2])
+def test_limits_that_do_not_fit_are_refused(run, limits):
+    with pytest.raises(ValueError, match=r"one for each of 3 samples of each of its 1 prompts, from 1 to .* \(12\)"):
+        run([group(address=(0, 0), prompts=((5,),), limits=limits)], RANDOM, NARROW)
 
 
 @pytest.mark.parametrize("prompts", [(), ((1,), ())], ids=["no prompt", "an empty prompt"])
