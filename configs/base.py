@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 from srlm_jax.model import config as presets
 from srlm_jax.model.config import LlamaConfig
+from srlm_jax.parallel.mesh import PROGRAMS
 
 
 def sampling(
@@ -109,10 +110,12 @@ def lora() -> ConfigDict:
 
 
 def start_alone(c: ConfigDict) -> None:
-    """One process is the whole job; more are joined by flags: see launch/."""
+    """One process is the whole job; more are joined by flags: see launch/. What one has compiled the next one finds."""
     c.coordinator = config_dict.placeholder(str)
     c.processes = config_dict.placeholder(int)
     c.process = config_dict.placeholder(int)
+    c.compile_cache = config_dict.placeholder(str)
+    c.compile_cache = PROGRAMS
     c.start_timeout_s = 300  # hosts of a pod may be minutes apart: each installs the package before it starts
 
 
