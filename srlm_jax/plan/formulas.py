@@ -10,7 +10,8 @@ that merges levels on a GPU has none and is slower than its formula.
 import dataclasses
 
 from srlm_jax.model.config import LlamaConfig
-from srlm_jax.sampling.decode import PREFILL_CHUNK, Shape
+from srlm_jax.sampling.decode import Shape
+from srlm_jax.sampling.prefill import CHUNK
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -162,7 +163,7 @@ def prefill_cost(c: LlamaConfig, split: Split, room: Shape, at_once: int, held: 
     flops = block_flops(c, own * shared, shared) + block_flops(c, own * room.prompts * rest, rest + shared)
     tokens = own * (shared + room.prompts * rest)
     # Each chunk of the group's level and of the prompts' is a pass over all weights.
-    passes = sum(max(1, slots // PREFILL_CHUNK) for slots in (shared, rest))
+    passes = sum(max(1, slots // CHUNK) for slots in (shared, rest))
     return Cost(
         flops=flops / split.tensor,
         memory_bytes=passes * sample_bytes(c) / split.weights + tokens * kv_token_bytes(c) / split.tensor,

@@ -25,6 +25,7 @@ from srlm_jax.records import SamplingParams
 from srlm_jax.sampling import decode as dec
 from srlm_jax.sampling import engine
 from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState, Shape
+from srlm_jax.sampling.prefill import CHUNK, prefill_prefix
 from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective
 from srlm_jax.train.step import make_train_step
 
@@ -208,7 +209,7 @@ def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cos
     prefix = None
     if x.prefix:
         shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
-        prefix = jax.eval_shape(dec.prefill_prefix, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
+        prefix = jax.eval_shape(prefill_prefix, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
     state = jax.eval_shape(lambda prefix, seed: dec.start(model, prefix, x.room, seed), prefix, seed)
     state: DecodeState = jax.tree.map(
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, engine.shardings(mesh, state)
@@ -229,7 +230,7 @@ def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cos
     config = DecodeConfig(temperature=x.params.temperature, top_p=x.params.top_p, steps=s.engine.steps)
     names = [f"prefill, {stage}", f"decode, {stage}"]
     given = {"weights": model, "cache": state}
-    chunks = max(1, slots[1] // dec.PREFILL_CHUNK)
+    chunks = max(1, slots[1] // CHUNK)
     return [
         Program(names[0], dec.admit, given | {"admission": new, "key": _key(mesh)}, mesh, chunks, cost[names[0]]),
         Program(

@@ -1,4 +1,4 @@
-"""Prefill, admission and decoding as compiled functions of an explicit state.
+"""Admission and decoding as compiled functions of an explicit state.
 
 What is sampled is a tree (see `model.cache`): groups of prompts, P prompts each, C samples of each prompt. A level
 holds the tokens that a group's prompts share, the next the rest of each prompt but its last token; the leaf holds what
@@ -26,11 +26,10 @@ from srlm_jax.model.cache import Cache, Level
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.sampling import filters
+from srlm_jax.sampling.prefill import HALVINGS, Below, prefill
 
 NO_TOKEN = -1  # in a stop sequence: any token matches
 NO_SAMPLE = -1  # what an idle row decodes
-# Tokens of a row that are read at once: rows of all lengths go through one program, each padded by less than this.
-PREFILL_CHUNK = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,47 +105,6 @@ class DecodeState:
     recent_BM: Int[Array, "B M"]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _prefill(model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, start_R, *, chunk: int) -> Level:
-    """The level of rows of tokens, `chunk` of each row at a time, for as long as any row goes on."""
-    R, T = tokens_RT.shape
-    leaf = kv.empty(model.config, R, T), kv.empty(model.config, R, T)
-
-    def read(first, leaf, length: int, *, alone: bool):
-        tokens = jax.lax.dynamic_slice_in_dim(tokens_RT, first, length, axis=1)
-        cache = Cache(
-            parents=parents,
-            shared=(),
-            siblings=None,
-            k_LBKSH=leaf[0],
-            v_LBKSH=leaf[1],
-            slot=first,
-            # What fills a row up lies to the right of its tokens, so that none of them reads it.
-            readable=None if alone else dataclasses.replace(ALL, length_R=jnp.full(R, first)),
-            among_themselves=True,
-        )
-        positions = start_R[:, None] + first + jnp.arange(length)[None]
-        _, cache = model(tokens, positions, segments_BT=None, cache=cache, dropout=None)
-        return cache.k_LBKSH, cache.v_LBKSH
-
-    if chunk >= T:
-        leaf = read(jnp.int32(0), leaf, T, alone=True)
-    else:
-        longest = jnp.max(lengths_R)
-        more = lambda carry: carry[0] < longest
-        step = lambda carry: (carry[0] + chunk, read(*carry, chunk, alone=False))
-        _, leaf = jax.lax.while_loop(more, step, (jnp.int32(0), leaf))
-    return Level(*leaf, lengths_R)
-
-
-@jax.jit
-def prefill_prefix(model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"]) -> Level:
-    """The level of the tokens that all prompts begin with, filled up behind."""
-    return _prefill(model, (), tokens_1T, length_1, jnp.zeros(1, jnp.int32), chunk=tokens_1T.shape[1])
-
-
 def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> DecodeState:
     """A state that holds nothing yet."""
     config, D, B, X = model.config, shape.data, shape.rows, shape.held_samples
@@ -202,41 +160,49 @@ class Admission:
 def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> DecodeState:
     """Reads new groups into their slots, each prompt once, and puts their samples at the end of the queue."""
     A, P, C = new.limit_APC.shape
+    D = state.head_D.shape[0]
     parents = () if state.prefix is None else (state.prefix,)
     start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.length_R[0])
-    group_level = _prefill(model, parents, new.group_tokens_AT, new.group_length_A, start_A, chunk=PREFILL_CHUNK)
+    group_level = prefill(
+        model, parents, None, new.group_tokens_AT, new.group_length_A, start_A, data=D, halvings=0
+    )  # fmt: skip
     start_AP = jnp.broadcast_to((start_A + new.group_length_A)[:, None], (A, P))
-    prompt_level = _prefill(
+    # The rows of each group of devices by their length, so that those that end early are out of the way of the others.
+    order_DX = jnp.argsort(-new.prompt_length_AP.reshape(D, -1), axis=1)
+    by_length = lambda x: jax.vmap(lambda x, order: x[order])(x.reshape(*order_DX.shape, *x.shape[2:]), order_DX)
+    flat = lambda x: by_length(x).reshape(A * P, *x.shape[2:])
+    prompt_level = prefill(
         model,
-        (*parents, group_level),
-        new.prompt_tokens_APT.reshape(A * P, -1),
-        new.prompt_length_AP.reshape(-1),
-        start_AP.reshape(-1),
-        chunk=PREFILL_CHUNK,
+        parents,
+        Below(group_level, order_DX),
+        flat(new.prompt_tokens_APT),
+        flat(new.prompt_length_AP),
+        flat(start_AP),
+        data=D,
+        halvings=HALVINGS,
     )
 
-    D = state.head_D.shape[0]
     slot_DA = new.slot_A.reshape(D, A // D)
+    every = lambda per_group: (slot_DA[:, :, None] * per_group + jnp.arange(per_group)[None, None]).reshape(D, -1)
 
-    def put(old: Array, fresh: Array, axis: int, per_group: int) -> Array:
-        """Writes A groups of `per_group` entries each into their slots, along `axis`; padding's are dropped.
+    def put(old: Array, fresh: Array, axis: int, entries_DI: Array) -> Array:
+        """Writes what is new to its entries along `axis`; padding's are past the end, and dropped.
 
-        Each group of devices has its own slots and, of what is new, its own share: nothing moves between them.
+        Each group of devices has its own entries and, of what is new, its own share: nothing moves between them.
         """
-        entries_DI = (slot_DA[:, :, None] * per_group + jnp.arange(per_group)[None, None]).reshape(D, -1)
         shares = [x.reshape(*x.shape[:axis], D, -1, *x.shape[axis + 1 :]) for x in (old, fresh)]
         write = lambda old, fresh, entries: old.at[(slice(None),) * axis + (entries,)].set(fresh, mode="drop")
         return jax.vmap(write, (axis, axis, 0), axis)(*shares, entries_DI).reshape(old.shape)
 
-    def put_level(old: Level, fresh: Level, per_group: int) -> Level:
+    def put_level(old: Level, fresh: Level, entries_DI: Array) -> Level:
         return Level(
-            put(old.k_LRKSH, fresh.k_LRKSH, 1, per_group),
-            put(old.v_LRKSH, fresh.v_LRKSH, 1, per_group),
-            put(old.length_R, fresh.length_R, 0, per_group),
+            put(old.k_LRKSH, fresh.k_LRKSH, 1, entries_DI),
+            put(old.v_LRKSH, fresh.v_LRKSH, 1, entries_DI),
+            put(old.length_R, fresh.length_R, 0, entries_DI),
         )
 
     def put_samples(old: Array, fresh_APC: Array) -> Array:
-        return put(old, jnp.broadcast_to(fresh_APC, (A, P, C)).reshape(-1), 0, P * C)
+        return put(old, jnp.broadcast_to(fresh_APC, (A, P, C)).reshape(-1), 0, every(P * C))
 
     # One key a sample, from (stage, group, prompt, sample): where it sits in the batch has no part in it.
     def key(address_2: Array, prompt: Array, sample: Array) -> Array:
@@ -251,8 +217,8 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
     queue_DX, tail_D = jax.vmap(_queued)(state.queue_DX, state.tail_D, waits_X.reshape(state.queue_DX.shape))
     return dataclasses.replace(
         state,
-        groups=put_level(state.groups, group_level, 1),
-        prompts=put_level(state.prompts, prompt_level, P),
+        groups=put_level(state.groups, group_level, every(1)),
+        prompts=put_level(state.prompts, prompt_level, by_length(every(P).reshape(A, P)).reshape(D, -1)),
         first_X=put_samples(state.first_X, new.last_AP[:, :, None]),
         start_X=put_samples(state.start_X, (start_AP + new.prompt_length_AP)[:, :, None]),
         limit_X=put_samples(state.limit_X, new.limit_APC),

@@ -15,7 +15,8 @@ import numpy as np
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.sampling import decode as dec
-from srlm_jax.sampling.decode import PREFILL_CHUNK, Admission, DecodeConfig, Decoded, DecodeState, Shape
+from srlm_jax.sampling.decode import Admission, DecodeConfig, Decoded, DecodeState, Shape
+from srlm_jax.sampling.prefill import CHUNK, HALVINGS, positions_read, prefill_prefix
 
 Ids = tuple[int, ...]
 
@@ -79,7 +80,7 @@ def bucket(length: int) -> int:
     """`length` rounded up to 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 768, ...: few sizes, so few
     compilations, and each of them either one chunk of a prefill or several whole ones."""
     size = 8
-    while size < length or (size > PREFILL_CHUNK and size % PREFILL_CHUNK):
+    while size < length or (size > CHUNK and size % CHUNK):
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
 
@@ -206,7 +207,7 @@ def _run(
         length = len(layout.prefix)
         tokens = np.zeros((1, prefix_slots(length)), np.int32)
         tokens[0, :length] = layout.prefix
-        prefix = dec.prefill_prefix(model, tokens, np.full(1, length, np.int32))
+        prefix = prefill_prefix(model, tokens, np.full(1, length, np.int32))
         work.prefilled_tokens += length
     state = _start(model, prefix, room, key, mesh)
 
@@ -333,8 +334,9 @@ def _admission(
             new.last_AP[i, p] = prompt[-1]
             new.limit_APC[i, p] = draw.max_new_tokens if group.limits is None else group.limits[p]
             work.prompt_tokens += C * (len(prompt) - 1)
-    for lengths, slots in ((new.group_length_A, layout.slots[0]), (new.prompt_length_AP, layout.slots[1])):
-        computed = lengths.size * min(slots, -(-int(lengths.max()) // PREFILL_CHUNK) * PREFILL_CHUNK)
+    reads = ((new.group_length_A, layout.slots[0], 0), (new.prompt_length_AP, layout.slots[1], HALVINGS))
+    for lengths, slots, halvings in reads:
+        computed = positions_read(lengths.reshape(room.data, -1), slots, halvings)
         work.prefilled_tokens += int(lengths.sum())
         work.padded_tokens += computed - int(lengths.sum())
     return new

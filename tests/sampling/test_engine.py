@@ -11,13 +11,13 @@ import pytest
 
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, sample_mesh
-from srlm_jax.sampling import decode, engine
+from srlm_jax.sampling import decode, engine, prefill
 from srlm_jax.sampling.engine import Draw, EngineConfig, Sample, Work, bucket, sample
 
 GREEDY = Draw(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=12, stops=((0,),))
 RANDOM = Draw(samples=3, temperature=0.9, top_p=0.9, max_new_tokens=12, stops=((0,), (7, 8)))
 NARROW, WIDE = EngineConfig(rows=6, steps=5), EngineConfig(rows=100, steps=16)
-LONGEST = 80  # tokens, prompt and completion together
+LONGEST = 640  # tokens, prompt and completion together
 
 
 def group(*, address, prompts, limits=None):
@@ -92,7 +92,19 @@ def stops_that_happen(naive, groups, draw):
     return ((one,), pairs.most_common()[-1][0])
 
 
+def long_prompts():
+    """Groups of prompts of 1 to 400 tokens that share some, read in pieces."""
+    rng = np.random.default_rng(3)
+    shared = [ids(rng, n, n + 1) for n in (140, 3, 260)]
+    rests = [(1, 300, 40, 129), (128, 2), (257, 128, 256)]
+    return [
+        group(address=(i, 0), prompts=tuple(beginning + ids(rng, n, n + 1) for n in some))
+        for i, (beginning, some) in enumerate(zip(shared, rests, strict=True))
+    ]
+
+
 TRACES = {
+    "long prompts of many lengths": long_prompts,
     "a judge's tree, more groups than slots": lambda: tree(14),
     "prompts that share nothing": unlike_prompts,
     "a single group": lambda: tree(1, prompts=(4, 5)),
@@ -210,7 +222,7 @@ def test_rows_that_end_early_make_room(run):
 
 def test_a_judge_of_the_paper_s_lengths_reads_a_fifth_of_what_it_would_without_sharing(run):
     """A rubric of 272 tokens, then an instruction of 80 and, 4 times, a response of 400 and 97 more; 3 votes each. What
-    is computed to fill up batches comes on top: where responses differ in length as answers do, two thirds."""
+    is computed to fill up batches comes on top: where responses differ in length as answers do, 3 of 10."""
     rng = np.random.default_rng(0)
     opening, behind = tuple(rng.integers(1, 40, 272).tolist()), tuple(rng.integers(1, 40, 97).tolist())
 
@@ -227,7 +239,17 @@ def test_a_judge_of_the_paper_s_lengths_reads_a_fifth_of_what_it_would_without_s
     lengths = np.minimum(rng.lognormal(np.log(400) - 0.18, 0.6, (32, 4)).astype(int) + 1, 1_024)
     run([one(i, some) for i, some in enumerate(lengths.tolist())], draw, config, work=work)
     assert work.prefilled_tokens <= 0.21 * work.prompt_tokens
-    assert work.padded_tokens <= 0.7 * work.prefilled_tokens
+    assert work.padded_tokens <= 0.3 * work.prefilled_tokens
+
+
+def test_positions_that_are_computed_by_hand():
+    count = lambda *lengths, halvings=2: prefill.positions_read(np.array([lengths]), 1_280, halvings)
+    assert count(1_000, 300, 200, 1) == 128 * (4 * 2 + 2 * 1 + 1 * 5)  # to 256, to 384 and to 1,024
+    assert count(1, 300, 1_000, 200, halvings=0) == 128 * 4 * 8
+    assert count(0, 0, 0, 0) == 0
+    # Two groups of devices: both rows of each to 128, one of each to 256.
+    assert prefill.positions_read(np.array([[9, 3], [200, 0]]), 256, 2) == 128 * (4 + 2)
+    assert prefill.positions_read(np.array([[9, 3]]), 48, 2) == 2 * 48
 
 
 # rows, prompts, samples; mean, spread of the logarithm, most, all in tokens; and by what they are divided here.
@@ -297,7 +319,7 @@ def test_buckets_are_few_and_waste_little():
     assert [bucket(n) for n in (0, 8, 9, 12, 13, 17, 25, 33, 49)] == [8, 8, 12, 12, 16, 24, 32, 48, 64]
     assert len({bucket(n) for n in range(1, 4097)}) == 18
     assert all(n <= bucket(n) <= max(8, 2 * n if 128 < n <= 256 else 1.5 * n) for n in range(1, 4097))
-    assert all(bucket(n) <= 128 or bucket(n) % decode.PREFILL_CHUNK == 0 for n in range(1, 4097))
+    assert all(bucket(n) <= 128 or bucket(n) % prefill.CHUNK == 0 for n in range(1, 4097))
 
 
 # The same on many devices: what data x fsdp x tensor leaves for sampling, for every way to split eight of them.
