@@ -1,6 +1,6 @@
 """The losses, as pure functions of arrays. Importing this file loads nothing but jax and numpy.
 
-Axes: B rows, T tokens, D width, V vocabulary, P preference pairs.
+Axes: B rows, T tokens, D width, V vocabulary, P preference pairs, N documents.
 """
 
 import jax
@@ -57,6 +57,23 @@ def sequence_logprobs(
       float32 [B], in nats.
     """
     return jnp.sum(token_logprobs(hidden_BTD, head_DV, targets_BT, chunk) * mask_BT, axis=-1)
+
+
+def document_logprobs(logprobs_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array, documents: int) -> jax.Array:
+    """Log-probability of each document's response in rows that hold several: sums over its masked-in tokens.
+
+    Args:
+      logprobs_BT: of the target tokens, as `token_logprobs` gives them.
+      mask_BT: as for `sequence_logprobs`.
+      segments_BT: the number of each token's document, from 1; 0 is no document's.
+      documents: how many there are.
+
+    Returns:
+      float32 [documents], in nats; 0 for a document that is in none of the rows.
+    """
+    # Comparisons and one sum, which the compiler makes one loop: a scatter would add in an order of its own on GPUs.
+    own_BTN = segments_BT[..., None] == jnp.arange(1, documents + 1).reshape(1, 1, -1)
+    return jnp.sum(jnp.where(own_BTN, (logprobs_BT * mask_BT)[..., None], 0), axis=(0, 1))
 
 
 def sft_loss(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_inputs import BATCHES, DPO, OPTIMIZER, SFT
+from step_inputs import BATCHES, DPO, OPTIMIZER, PAIRS, SFT, packed
 
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, train_mesh
@@ -77,15 +77,20 @@ def divisible_llama(make_llama):
 
 @jax.jit
 def losses_and_gradients(model, sft, dpo):
-    """Of both objectives, and the log-probabilities of the rows: one program for each way to split the devices."""
+    """Of both objectives, and the log-probabilities of the documents: one program for each way to split devices."""
     loss = lambda model, objective, batch: objective(model, batch, jax.random.key(0)).loss
     found = [jax.value_and_grad(loss)(model, objective, batch) for objective, batch in ((SFT, sft), (DPO, dpo))]
-    return *found, response_logprobs(model, sft, 4, None)
+    return *found, response_logprobs(model, dpo.rows, 16, 4, None)
 
 
 @pytest.fixture(scope="module")
 def on_one_device(divisible_llama):
     return losses_and_gradients(divisible_llama, BATCHES[SFT], BATCHES[DPO])
+
+
+@pytest.fixture(scope="module")
+def packed_on_one_device(divisible_llama):
+    return losses_and_gradients(divisible_llama, BATCHES[SFT], packed(PAIRS))
 
 
 def shapes(devices):
@@ -106,6 +111,22 @@ def test_losses_gradients_and_log_probabilities_are_the_same_on_8_devices_split_
     sft, dpo = (jax.device_put(BATCHES[objective], sharding) for objective in (SFT, DPO))
     assert sft.tokens_BT.sharding.shard_shape((8, 12)) == (8 // (data * fsdp), 12)
     assert_same(losses_and_gradients(model, sft, dpo), on_one_device)
+
+
+def test_packed_pairs_have_the_losses_gradients_and_log_probabilities_of_rows_of_their_own(
+    on_one_device, packed_on_one_device
+):
+    assert_same(packed_on_one_device, on_one_device)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_rows_of_packed_pairs_may_lie_on_any_device(divisible_llama, packed_on_one_device, shape):
+    """The answers of most pairs are then on devices apart."""
+    mesh = train_mesh(MeshShape(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    model = jax.device_put(divisible_llama, rules.model_shardings(mesh, rules.TRAIN, divisible_llama))
+    sft, dpo = jax.device_put((BATCHES[SFT], packed(PAIRS)), rules.sharding(mesh, rules.TRAIN, ("batch",)))
+    with jax.set_mesh(mesh):
+        assert_same(losses_and_gradients(model, sft, dpo), packed_on_one_device)
 
 
 @pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
