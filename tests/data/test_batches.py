@@ -1,6 +1,7 @@
 """Where the loss is, what shares a row, and that a data iterator goes on where it was."""
 
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -236,3 +237,28 @@ def test_a_packed_batch_has_the_loss_of_its_examples_however_it_is_cut(tiny_llam
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="there are no rows to train on"):
         padded_batches([], 8, 3, seed=0)
+
+
+class Counted(list):
+    """Rows that count how often one is taken."""
+
+    taken = 0
+
+    def __getitem__(self, index):
+        self.taken += 1
+        return super().__getitem__(index)
+
+
+def test_batches_are_made_ahead_and_a_state_is_that_of_the_batch_last_taken():
+    rows = Counted(documents(50, 8))
+    iterator = iter(padded_batches(rows, 8, 3, seed=0))
+    next(iterator)
+    state, deadline = iterator.get_state(), time.monotonic() + 30
+    while rows.taken < 3 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert rows.taken >= 3 * 3  # the batch that was taken and two more
+    assert iterator.get_state() == state
+    wanted = take(iterator, 3)
+    fresh = iter(padded_batches(rows, 8, 3, seed=0))
+    fresh.set_state(state)
+    assert take(fresh, 3) == wanted

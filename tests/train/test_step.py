@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from step_inputs import BATCHES, DPO, OPTIMIZER, PAIRS, SFT, packed
 
+from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, train_mesh
-from srlm_jax.train.objectives import SftObjective, response_logprobs
+from srlm_jax.train.objectives import DpoObjective, SftObjective, response_logprobs
 from srlm_jax.train.step import init_optimizer, make_train_step
 
 
@@ -162,3 +164,33 @@ def test_an_optimizers_moments_live_where_their_weights_do(divisible_llama, capl
             model, state, _ = train_step(model, state, None, batch, jax.random.key(0))
             assert_in_place(model, state)
     assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
+
+
+# What a step holds.
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
+def test_a_step_writes_over_one_set_of_weights_and_moments_and_is_given_no_other(tiny_llama, objective, accumulate):
+    """So no second model is in a step of DPO: the reference is two numbers a pair."""
+    train_step, tx = make_train_step(objective, OPTIMIZER, 10, accumulate)
+    state, batch = jax.eval_shape(tx.init, tiny_llama), BATCHES[objective]
+    said = train_step.lower(tiny_llama, state, None, batch, jax.random.key(0)).compile().memory_analysis()
+    nbytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    held, given = nbytes((tiny_llama, state)), nbytes(batch)
+    assert said.alias_size_in_bytes >= 0.99 * held
+    assert held <= said.argument_size_in_bytes <= held + given + 100
+
+
+def test_log_probabilities_take_a_sixteenth_of_the_memory_of_all_logits(make_llama):
+    """32,000 tokens to choose from, 64 rows of 64 positions: all logits are half a gigabyte."""
+    model = make_llama(V=32_000, L=1, remat=True)
+    train_step, tx = make_train_step(DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=1), OPTIMIZER, 10, 1)
+    batch = PairBatch(TokenBatch(*(jnp.zeros((64, 64), t) for t in "iifii")), jnp.zeros(32), jnp.zeros(32))
+    compiled = train_step.lower(model, jax.eval_shape(tx.init, model), None, batch, jax.random.key(0)).compile()
+    logits = 64 * 64 * 32_000 * 4
+    weights = sum(x.nbytes for x in jax.tree.leaves(model))
+    # Gradients take as much as weights, and are clipped into as much again.
+    assert compiled.memory_analysis().temp_size_in_bytes - 2 * weights <= logits / 16
+    sizes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+    assert max(math.prod(map(int, size.split(","))) for size in sizes) <= logits / 4 / 16
