@@ -132,6 +132,7 @@ def tiny() -> ConfigDict:
     c.shard_prompts = 256
     c.logprob_chunk = 512
     c.length_multiple = 16
+    c.packed = False
     c.reference_batch = 64
     c.model = model(presets.tiny())
     c.chat = "plain"
@@ -255,6 +256,7 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     c.shard_prompts = 1_024
     c.logprob_chunk = 256
     c.length_multiple = 128
+    c.packed = True  # the same examples in a batch, in two fifths of the positions
     c.reference_batch = 32  # log-probabilities take no gradient, so more rows at a time than a training step has
     c.model = model(preset)
     c.chat = chat  # the paper does not say how Llama 2 is asked; later work of its authors wraps prompts in [INST]

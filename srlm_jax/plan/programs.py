@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from srlm_jax.data.batches import PairBatch, TokenBatch
+from srlm_jax.data.packing import Shape
 from srlm_jax.model import llama, lora
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import mesh as meshes
@@ -34,6 +35,10 @@ from srlm_jax.train.step import make_train_step
 CHAT_FRAME = 16
 RUBRIC_BEFORE, RUBRIC_BEHIND = 272, 107
 STOP_LENGTH = 8  # tokens of the longest stop sequence; a few numbers a row
+# Mean lengths in tokens where a program's own length is only the most that it may be, and how many positions packed
+# documents take for each of their tokens: assumptions, stated in the output.
+ANSWER, EXAMPLE, PACKED = 400, 700, 1.03  # an example of SFT: two of IFT to one of EFT, which the rubric is part of
+ANSWERED = CHAT_FRAME + 80 + ANSWER  # an instruction and its answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +107,37 @@ def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
     }
 
 
-def _token_batch(rows: int, length: int, place: jax.sharding.NamedSharding) -> TokenBatch:
-    shape = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
-    return TokenBatch(shape(jnp.int32), shape(jnp.int32), shape(jnp.float32), shape(jnp.int32), shape(jnp.int32))
+def _token_batch(shape: Shape, place: jax.sharding.NamedSharding, *, packed: bool) -> TokenBatch:
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    segments = array(jnp.int32) if packed else None
+    return TokenBatch(array(jnp.int32), array(jnp.int32), array(jnp.float32), array(jnp.int32), segments)
 
 
 def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(mesh))
+
+
+def train_shapes(s: Settings, groups: int) -> dict[str, Shape]:
+    """Rows and positions of each training program's batch: rows of the most positions, and as many as its examples need
+    at mean lengths where they are packed."""
+
+    def shape(documents: int, tokens: int, accumulate: int) -> Shape:
+        if not s.packed:
+            return Shape(documents, row_length(s))
+        together = groups * accumulate
+        return Shape(math.ceil(packed_rows(s, documents, tokens) / together) * together, row_length(s))
+
+    return {
+        "SFT step": shape(s.sft.train.batch_size, EXAMPLE, s.sft.train.accumulate),
+        "reference": Shape(s.reference_batch, row_length(s)),
+        "DPO step": shape(2 * s.dpo.train.batch_size, ANSWERED, s.dpo.train.accumulate),
+    }
+
+
+def packed_rows(s: Settings, documents: float, tokens: int) -> float:
+    """That so many documents of so many tokens fill on average."""
+    return PACKED * documents * min(tokens, row_length(s)) / row_length(s)
 
 
 def row_length(s: Settings) -> int:
@@ -127,14 +155,11 @@ def sample_split(shape: MeshShape) -> Split:
 
 def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
     """Every program's cost on one chip, by formula."""
-    c, length, split, sample = s.model.llama, row_length(s), train_split(shape), sample_split(shape)
-    found = {
-        "SFT step": formulas.train_cost(c, split, s.sft.train.batch_size, length, s.sft.train.accumulate, s.lora.rank),
-        "reference": formulas.forward_cost(c, split, s.reference_batch, length),
-        "DPO step": formulas.train_cost(
-            c, split, 2 * s.dpo.train.batch_size, length, s.dpo.train.accumulate, s.lora.rank
-        ),
-    }
+    c, split, sample = s.model.llama, train_split(shape), sample_split(shape)
+    shapes = train_shapes(s, split.rows)
+    found = {"reference": formulas.forward_cost(c, split, *shapes["reference"])}
+    for name, part in (("SFT step", s.sft), ("DPO step", s.dpo)):
+        found[name] = formulas.train_cost(c, split, *shapes[name], part.train.accumulate, s.lora.rank)
     for stage, x in sampling_shapes(s, sample.rows).items():
         decode = formulas.decode_cost(c, sample, x.room, s.engine.steps)
         found[f"prefill, {stage}"] = formulas.prefill_cost(c, sample, x.room, x.at_once, decode.resident_bytes)
@@ -166,7 +191,10 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
         adapters = jax.eval_shape(lambda: lora.init(shapes, s.lora, jax.random.key(0)))
         trainable, frozen = rules.placed(train_mesh, rules.TRAIN, adapters), to_train
     rows = rules.sharding(train_mesh, rules.TRAIN, ("batch",))
-    length = row_length(s)
+    batch = {
+        name: _token_batch(size, rows, packed=s.packed)
+        for name, size in train_shapes(s, train_split(shape).rows).items()
+    }
 
     def step(name: str, objective: Objective, part, batch) -> Program:
         function, tx = make_train_step(objective, part.train.optimizer, part.train.steps, part.train.accumulate)
@@ -177,20 +205,19 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
 
     sft = SftObjective(dropout=s.sft.dropout, logprob_chunk=s.logprob_chunk)
     dpo = DpoObjective(beta=s.dpo.beta, dropout=s.dpo.dropout, logprob_chunk=s.logprob_chunk)
-    pairs = s.dpo.train.batch_size
-    half = _token_batch(pairs, length, rows)
-    sums = jax.ShapeDtypeStruct((pairs,), jnp.float32, sharding=rows)
+    sums = jax.ShapeDtypeStruct((s.dpo.train.batch_size,), jnp.float32, sharding=rows)
+    documents = 2 * s.shard_prompts if s.packed else s.reference_batch
     found = [
-        step("SFT step", sft, s.sft, _token_batch(s.sft.train.batch_size, length, rows)),
+        step("SFT step", sft, s.sft, batch["SFT step"]),
         Program(
             "reference",
-            lambda weights, batch: training.compiled_logprobs(weights, batch, s.logprob_chunk, None),
-            {"weights": to_train, "batch": _token_batch(s.reference_batch, length, rows)},
+            lambda weights, batch: training.compiled_logprobs(weights, batch, documents, s.logprob_chunk, None),
+            {"weights": to_train, "batch": batch["reference"]},
             train_mesh,
             1,
             cost["reference"],
         ),
-        step("DPO step", dpo, s.dpo, PairBatch(half, half, sums, sums)),
+        step("DPO step", dpo, s.dpo, PairBatch(batch["DPO step"], sums, sums)),
     ]
     for stage, x in sampling_shapes(s, sample_mesh.shape["data"]).items():
         found += _sampling(s, stage, x, to_sample, sample_mesh, cost)

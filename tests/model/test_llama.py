@@ -253,7 +253,7 @@ def rows(n):
 
 
 SFT = (objectives.SftObjective, {}, lambda: rows(B))
-DPO = (objectives.DpoObjective, {"beta": 0.1}, lambda: PairBatch(rows(2), rows(2), jnp.zeros(2), jnp.zeros(2)))
+DPO = (objectives.DpoObjective, {"beta": 0.1}, lambda: PairBatch(rows(B), jnp.zeros(2), jnp.zeros(2)))
 
 
 @pytest.mark.parametrize(("kind", "options", "batch"), [SFT, DPO], ids=["sft", "dpo"])
