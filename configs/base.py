@@ -251,8 +251,8 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     # answer and a verdict; human examples that are longer are left out and counted.
     c.context_length = 2_048
     c.max_prompt_tokens = 192  # about 150 words
-    # Each file's prompts are sampled to their end before the next ones begin, so that the last rows of a file are alone:
-    # of 4,096 answers by 64 rows that is two or three hundredths of the time.
+    # A file's prompts are sampled to their end before the next ones begin, so that the last rows of each are alone: of
+    # 4,096 answers by 64 rows that is two or three hundredths of the time.
     c.shard_prompts = 1_024
     c.logprob_chunk = 256
     c.length_multiple = 128

@@ -25,7 +25,7 @@ from srlm_jax.plan.formulas import Cost, Split
 from srlm_jax.records import SamplingParams
 from srlm_jax.sampling import decode as dec
 from srlm_jax.sampling import engine
-from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState, Shape
+from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState
 from srlm_jax.sampling.prefill import CHUNK, prefill_prefix
 from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective
 from srlm_jax.train.step import make_train_step
@@ -85,7 +85,7 @@ class TooLarge:
 class SamplingShape:
     """How the engine lays out a stage's prompts; see `sampling.engine`."""
 
-    room: Shape
+    room: dec.Shape
     at_once: int
     prefix: int
     params: SamplingParams
