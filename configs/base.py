@@ -132,7 +132,7 @@ def tiny() -> ConfigDict:
     c.shard_prompts = 256
     c.logprob_chunk = 512
     c.length_multiple = 16
-    c.packed = False
+    c.packed = True
     c.reference_batch = 64
     c.model = model(presets.tiny())
     c.chat = "plain"
