@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from srlm_jax.model import cache as kv
 from srlm_jax.model.attention import ALL, Siblings
 from srlm_jax.model.cache import Cache, Level
+from srlm_jax.model.int8 import Slots
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.sampling import filters
@@ -53,6 +54,7 @@ class Shape:
     rows: int  # B
     slots: tuple[int, int, int]  # of the group level, the prompt level and the leaf
     stop_length: int  # M
+    cache: str | None  # "int8": keys and values are kept in 8 bits
 
     @property
     def held_samples(self) -> int:
@@ -89,8 +91,8 @@ class DecodeState:
     prefix: Level | None
     groups: Level
     prompts: Level
-    k_LBKSH: Float[Array, "L B K S H"]
-    v_LBKSH: Float[Array, "L B K S H"]
+    k_LBKSH: Float[Array, "L B K S H"] | Slots
+    v_LBKSH: Float[Array, "L B K S H"] | Slots
     clock: Int[Array, ""]
     first_X: Int[Array, "X"]
     start_X: Int[Array, "X"]
@@ -109,14 +111,16 @@ class DecodeState:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _prefill(model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, start_R, *, chunk: int) -> Level:
+def _prefill(
+    model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, start_R, *, chunk: int, cache: str | None
+) -> Level:
     """The level of rows of tokens, `chunk` of each row at a time, for as long as any row goes on."""
     R, T = tokens_RT.shape
-    leaf = kv.empty(model.config, R, T), kv.empty(model.config, R, T)
+    leaf = kv.empty(model.config, R, T, cache), kv.empty(model.config, R, T, cache)
 
     def read(first, leaf, length: int, *, alone: bool):
         tokens = jax.lax.dynamic_slice_in_dim(tokens_RT, first, length, axis=1)
-        cache = Cache(
+        before = Cache(
             parents=parents,
             shared=(),
             siblings=None,
@@ -128,8 +132,8 @@ def _prefill(model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, sta
             among_themselves=True,
         )
         positions = start_R[:, None] + first + jnp.arange(length)[None]
-        _, cache = model(tokens, positions, segments_BT=None, cache=cache, dropout=None)
-        return cache.k_LBKSH, cache.v_LBKSH
+        _, after = model(tokens, positions, segments_BT=None, cache=before, dropout=None)
+        return after.k_LBKSH, after.v_LBKSH
 
     if chunk >= T:
         leaf = read(jnp.int32(0), leaf, T, alone=True)
@@ -141,10 +145,12 @@ def _prefill(model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, sta
     return Level(*leaf, lengths_R)
 
 
-@jax.jit
-def prefill_prefix(model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"]) -> Level:
-    """The level of the tokens that all prompts begin with, filled up behind."""
-    return _prefill(model, (), tokens_1T, length_1, jnp.zeros(1, jnp.int32), chunk=tokens_1T.shape[1])
+@functools.partial(jax.jit, static_argnames="cache")
+def prefill_prefix(
+    model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"], *, cache: str | None
+) -> Level:
+    """The level of the tokens that all prompts begin with, filled up behind; kept as `cache` says."""
+    return _prefill(model, (), tokens_1T, length_1, jnp.zeros(1, jnp.int32), chunk=tokens_1T.shape[1], cache=cache)
 
 
 def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> DecodeState:
@@ -153,7 +159,8 @@ def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> Deco
 
     def level(rows: int, slots: int) -> Level:
         # Two arrays, not one twice: the state is donated, and no buffer can be donated twice.
-        return Level(kv.empty(config, rows, slots), kv.empty(config, rows, slots), jnp.zeros(rows, jnp.int32))
+        k, v = (kv.empty(config, rows, slots, shape.cache) for _ in range(2))
+        return Level(k, v, jnp.zeros(rows, jnp.int32))
 
     leaf = level(B, shape.slots[2])
     zeros = lambda *sizes: jnp.zeros(sizes, jnp.int32)
@@ -204,15 +211,16 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
     A, P, C = new.limit_APC.shape
     parents = () if state.prefix is None else (state.prefix,)
     start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.length_R[0])
-    group_level = _prefill(model, parents, new.group_tokens_AT, new.group_length_A, start_A, chunk=PREFILL_CHUNK)
+    cache = "int8" if isinstance(state.k_LBKSH, Slots) else None
+    read = functools.partial(_prefill, chunk=PREFILL_CHUNK, cache=cache)
+    group_level = read(model, parents, new.group_tokens_AT, new.group_length_A, start_A)
     start_AP = jnp.broadcast_to((start_A + new.group_length_A)[:, None], (A, P))
-    prompt_level = _prefill(
+    prompt_level = read(
         model,
         (*parents, group_level),
         new.prompt_tokens_APT.reshape(A * P, -1),
         new.prompt_length_AP.reshape(-1),
         start_AP.reshape(-1),
-        chunk=PREFILL_CHUNK,
     )
 
     D = state.head_D.shape[0]
@@ -229,11 +237,9 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
         return jax.vmap(write, (axis, axis, 0), axis)(*shares, entries_DI).reshape(old.shape)
 
     def put_level(old: Level, fresh: Level, per_group: int) -> Level:
-        return Level(
-            put(old.k_LRKSH, fresh.k_LRKSH, 1, per_group),
-            put(old.v_LRKSH, fresh.v_LRKSH, 1, per_group),
-            put(old.length_R, fresh.length_R, 0, per_group),
-        )
+        stacks = [(level.k_LRKSH, level.v_LRKSH) for level in (old, fresh)]
+        k, v = jax.tree.map(lambda old, fresh: put(old, fresh, 1, per_group), *stacks)
+        return Level(k, v, put(old.length_R, fresh.length_R, 0, per_group))
 
     def put_samples(old: Array, fresh_APC: Array) -> Array:
         return put(old, jnp.broadcast_to(fresh_APC, (A, P, C)).reshape(-1), 0, P * C)

@@ -299,11 +299,11 @@ def test_the_model_says_the_same_through_the_kernel(make_llama, monkeypatch, int
 def test_prefill_of_two_levels_through_the_kernel_and_decoding_is_the_forward_pass(tiny_llama, tpu):
     """A prefix of 130 tokens, two rows of 140 and 133 more, read in chunks; then a token of each of their samples."""
     prefix, rows, last = tokens(130), tokens(2, 256), tokens(4, 1)
-    prefill = jax.jit(lambda *arguments: decode._prefill(tiny_llama, *arguments, chunk=128))
-    whole = jax.jit(lambda *arguments: decode._prefill(tiny_llama, *arguments, chunk=130))
+    prefill = jax.jit(lambda *arguments: decode._prefill(tiny_llama, *arguments, chunk=128, cache=None))
+    whole = jax.jit(lambda *arguments: decode._prefill(tiny_llama, *arguments, chunk=130, cache=None))
     root = whole((), prefix[None], jnp.array([130]), jnp.array([0]))
     level = prefill((root,), rows, jnp.array([140, 133]), jnp.array([130, 130]))
-    leaf = empty(tiny_llama.config, 4, 4)
+    leaf = empty(tiny_llama.config, 4, 4, None)
     cache = Cache(
         parents=(root, level),
         shared=(),

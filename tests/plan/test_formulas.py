@@ -101,8 +101,8 @@ def test_layers_count_as_often_as_they_run():
 def test_decoding_reads_each_level_once_for_those_that_share_it():
     """4 groups of 2 prompts of 3 samples on one chip: 4 x 16 + 8 x 32 + 24 x 64 slots, and the weights, each step."""
     alone = Split(rows=1, weights=1, tensor=1)
-    room = Shape(data=1, groups=4, prompts=2, samples=3, rows=24, slots=(16, 32, 64), stop_length=1)
-    cost = formulas.decode_cost(WIDE, alone, room, steps=5)
+    room = Shape(data=1, groups=4, prompts=2, samples=3, rows=24, slots=(16, 32, 64), stop_length=1, cache=None)
+    cost = formulas.decode_cost(WIDE, alone, room, None, steps=5)
     slots = 4 * 16 + 8 * 32 + 24 * 64
     assert cost.memory_bytes == 5 * (4 * WIDE.parameters + slots * 2 * 1 * 4 * 32 * 4)
     assert cost.link_bytes == 0

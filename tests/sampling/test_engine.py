@@ -16,7 +16,8 @@ from srlm_jax.sampling.engine import Draw, EngineConfig, Sample, Work, bucket, s
 
 GREEDY = Draw(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=12, stops=((0,),))
 RANDOM = Draw(samples=3, temperature=0.9, top_p=0.9, max_new_tokens=12, stops=((0,), (7, 8)))
-NARROW, WIDE = EngineConfig(rows=6, steps=5), EngineConfig(rows=100, steps=16)
+NARROW = EngineConfig(rows=6, steps=5, weights=None, cache=None)
+WIDE = dataclasses.replace(NARROW, rows=100, steps=16)
 LONGEST = 80  # tokens, prompt and completion together
 
 
@@ -203,7 +204,7 @@ def test_rows_that_end_early_make_room(run):
     # A third of all tokens is a stop, so few completions pass 10 of the 48 tokens allowed.
     draw = dataclasses.replace(RANDOM, max_new_tokens=48, stops=tuple((i,) for i in range(0, 40, 3)))
     groups, work = tree(24, prompts=(1, 2)), Work()
-    samples = run(groups, draw, EngineConfig(rows=12, steps=2), work=work)
+    samples = run(groups, draw, dataclasses.replace(NARROW, rows=12, steps=2), work=work)
     assert work.sampled_tokens == sum(len(new.ids) for (of_prompt,) in samples for new in of_prompt)
     assert work.sampled_tokens <= work.row_steps < 0.25 * len(groups) * draw.samples * draw.max_new_tokens
 
