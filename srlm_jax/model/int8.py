@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def round_along(x: jax.Array, axes: int | tuple[int, ...], dtype: jnp.dtype | str) -> tuple[jax.Array, jax.Array]:
-    """(whole numbers, scale): their product is `x`, off by little more than half a scale at most.
+    """(whole numbers, scale): their product is `x`, off by half a scale at most.
 
     Args:
       axes: all numbers along these have one scale, which keeps them with size 1.

@@ -41,14 +41,14 @@ def test_rounding_by_hand():
     assert (values.dtype, scale.shape) == ("int8", (3, 1))
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.5001), ("bfloat16", 0.75), ("float16", 0.52)])
-def test_no_number_is_off_by_more_than_its_share_of_a_scale(dtype, most):
-    """A scale that is rounded down leaves the largest number a little more than 127 of it."""
-    x = normal(0, 300, 64) * jnp.exp(3 * normal(1, 300, 1))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_no_number_is_off_by_more_than_half_a_scale(dtype):
+    """Whatever the scale is rounded to: the largest number is at most 127.25 of it, and becomes 127."""
+    x = normal(0, 300, 64) * jnp.exp(normal(1, 300, 1))
     values, scale = int8.round_along(x, 1, dtype)
     assert scale.dtype == dtype
     off = jnp.abs(values * scale.astype("float32") - x) / scale.astype("float32")
-    assert 0.4 < off.max() <= most
+    assert 0.49 < off.max() <= 0.5001
 
 
 def test_what_is_not_a_number_shows():
