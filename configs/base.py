@@ -101,6 +101,14 @@ def validation() -> ConfigDict:
     return c
 
 
+def engine(*, rows: int, steps: int) -> ConfigDict:
+    """How samples are drawn on the devices. Nothing is rounded to 8 bits unless it is asked for: the paper does not."""
+    c = ConfigDict(locals())
+    c.weights = config_dict.placeholder(str)  # "int8": the projections' weights
+    c.cache = config_dict.placeholder(str)  # "int8": keys and values
+    return c
+
+
 def lora() -> ConfigDict:
     """Low-rank adapters in SFT and DPO, none unless their rank is given: the paper trains all weights."""
     c = ConfigDict()
@@ -139,7 +147,7 @@ def tiny() -> ConfigDict:
     c.endpoint = endpoint()  # a server that samples from the models of this run
     c.lora = lora()
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
-    c.engine = ConfigDict({"rows": 192, "steps": 8})
+    c.engine = engine(rows=192, steps=8)
 
     # Flaws leave room to improve: about half of the annotators' answers are perfect.
     c.world = ConfigDict(
@@ -264,7 +272,7 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": tensor})
     # 64 rows of 1,024 new tokens are 34 GB of keys and values in a 7B, and 21 GB in a 70B, whose heads share them; a
     # pod has room for as many again on each copy of the weights.
-    c.engine = ConfigDict({"rows": 64, "steps": 16})
+    c.engine = engine(rows=64, steps=16)
     c.endpoint = endpoint()  # a server that samples from the models of this run
     c.world = None
     c.pretraining = None

@@ -1,6 +1,7 @@
 """The programs of an iteration: the pipeline's own compiled functions, with shapes in place of arrays."""
 
 import dataclasses
+import functools
 import math
 import re
 import resource
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.data.packing import Shape
-from srlm_jax.model import llama, lora
+from srlm_jax.model import llama, lora, quantized
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel import reshard as resharding
@@ -97,7 +98,7 @@ def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
 
     def shape(prompts: int, params: SamplingParams, prefix: int, shared: int, rest: int) -> SamplingShape:
         slots = (engine.bucket(shared), engine.bucket(rest), engine.bucket(params.max_new_tokens))
-        room, at_once = engine.shape(s.engine.rows, s.shard_prompts, prompts, params.samples, slots, STOP_LENGTH, data)
+        room, at_once = engine.shape(s.engine, s.shard_prompts, prompts, params.samples, slots, STOP_LENGTH, data)
         return SamplingShape(room, at_once, prefix, params)
 
     before = RUBRIC_BEFORE // 16 * 16
@@ -161,20 +162,31 @@ def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
     for name, part in (("SFT step", s.sft), ("DPO step", s.dpo)):
         found[name] = formulas.train_cost(c, split, *shapes[name], part.train.accumulate, s.lora.rank)
     for stage, x in sampling_shapes(s, sample.rows).items():
-        decode = formulas.decode_cost(c, sample, x.room, s.engine.steps)
-        found[f"prefill, {stage}"] = formulas.prefill_cost(c, sample, x.room, x.at_once, decode.resident_bytes)
+        decode = formulas.decode_cost(c, sample, x.room, s.engine.weights, s.engine.steps)
+        found[f"prefill, {stage}"] = formulas.prefill_cost(
+            c, sample, x.room, x.at_once, s.engine.weights, decode.resident_bytes
+        )
         found[f"decode, {stage}"] = decode
-    both = formulas.param_bytes(c) / split.weights + formulas.sample_bytes(c) / sample.weights
-    moved = formulas.sample_bytes(c) * (1 / sample.weights - 1 / split.weights)
-    found["reshard"] = Cost(flops=0.0, memory_bytes=both, link_bytes=moved, resident_bytes=both)
+    sampled = formulas.sample_bytes(c, s.engine.weights)
+    kept, copy = formulas.param_bytes(c) / split.weights, sampled / sample.weights
+    # What is rounded first is there once more, beside `kept_bytes`, and is written and read on the way.
+    rounded = 0.0 if s.engine.weights is None else formulas.rounded_bytes(c) / split.weights
+    found["reshard"] = Cost(
+        flops=0.0,
+        memory_bytes=kept + copy + 2 * rounded,
+        link_bytes=sampled * (1 / sample.weights - 1 / split.weights),
+        resident_bytes=kept + copy + rounded - kept_bytes(s, shape, "reshard"),
+    )
     return found
 
 
 def kept_bytes(s: Settings, shape: MeshShape, name: str) -> float:
     """What a run keeps on a chip beside a program's own arrays: while it samples with a copy of the weights, they
-    themselves."""
+    themselves; and of what it rounds before it moves it, what that was."""
     c = s.model.llama
-    one_and_the_same = shape.fsdp == 1 and c.param_dtype == c.compute_dtype
+    if name == "reshard" and s.engine.weights is not None:
+        return formulas.projections(c) / c.parameters * formulas.param_bytes(c) / train_split(shape).weights
+    one_and_the_same = shape.fsdp == 1 and c.param_dtype == c.compute_dtype and s.engine.weights is None
     if not name.startswith(("prefill", "decode")) or one_and_the_same:
         return 0.0
     return formulas.param_bytes(c) / train_split(shape).weights
@@ -185,7 +197,10 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
     train_mesh, sample_mesh = meshes.train_mesh_over(shape, devices), meshes.sample_mesh_over(shape, devices)
     shapes, cost = llama.abstract(s.model.llama), costs(s, shape)
     narrow = llama.abstract(dataclasses.replace(s.model.llama, param_dtype=s.model.compute_dtype))
-    to_train, to_sample = rules.placed(train_mesh, rules.TRAIN, shapes), rules.placed(sample_mesh, rules.SAMPLE, narrow)
+    as_sampled = functools.partial(quantized.quantize, weights=s.engine.weights)
+    to_train = rules.placed(train_mesh, rules.TRAIN, shapes)
+    to_move = rules.placed(train_mesh, rules.TRAIN, jax.eval_shape(as_sampled, shapes))
+    to_sample = rules.placed(sample_mesh, rules.SAMPLE, jax.eval_shape(as_sampled, narrow))
     trainable, frozen = to_train, None
     if s.lora.rank is not None:
         adapters = jax.eval_shape(lambda: lora.init(shapes, s.lora, jax.random.key(0)))
@@ -221,7 +236,7 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
     ]
     for stage, x in sampling_shapes(s, sample_mesh.shape["data"]).items():
         found += _sampling(s, stage, x, to_sample, sample_mesh, cost)
-    return [*found, _reshard(to_train, to_sample, cost["reshard"])]
+    return [*found, _reshard(to_move, to_sample, cost["reshard"])]
 
 
 def _reshard(model: Llama, like: Llama, cost: Cost) -> Program:
@@ -236,7 +251,8 @@ def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cos
     prefix = None
     if x.prefix:
         shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
-        prefix = jax.eval_shape(prefill_prefix, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
+        prefill = functools.partial(prefill_prefix, cache=x.room.cache)
+        prefix = jax.eval_shape(prefill, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
     state = jax.eval_shape(lambda prefix, seed: dec.start(model, prefix, x.room, seed), prefix, seed)
     state: DecodeState = jax.tree.map(
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, engine.shardings(mesh, state)
