@@ -1,0 +1,80 @@
+"""What was measured: as a document, and as a table to be read."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from srlm_jax.bench import peer_process, sides
+from srlm_jax.bench.ceilings import Ceilings
+from srlm_jax.bench.setting import Setting, device
+
+_LETTERS = "VDLNKHF"
+_PARTS = {"seconds": "all", "reading_seconds": "reading", "writing_seconds": "writing"}
+
+
+def document(setting: Setting, ceilings: Ceilings, measured: Mapping[str, object]) -> dict[str, object]:
+    """All of a command, ready to be written as JSON."""
+    summary = measured["summary"]
+    parts = list(dict.fromkeys(part for found in summary for part in found["parts"]))
+    return {
+        "command": setting.command,
+        "device": device(),
+        "backend": jax.default_backend(),
+        "versions": peer_process.our_versions() | measured["versions"],
+        "shape_name": setting.shape,
+        "shape": {letter: getattr(setting.config, letter) for letter in _LETTERS},
+        "parameters": setting.config.parameters,
+        "dtypes": setting.dtypes,
+        "workload": dataclasses.asdict(setting.workload),
+        "work": measured["work"],
+        "units": measured["units"],
+        "repeat": setting.repeat,
+        "ceilings": dataclasses.asdict(ceilings),
+        "runs": measured["runs"],
+        "summary": summary,
+        "ratio": {part: found for part in parts if (found := sides.ratios(summary, part))},
+    }
+
+
+def table(found: Mapping[str, object]) -> str:
+    """A document as text. GF/s and GB/s are thousand millions a second, MB millions of bytes."""
+    shape = " ".join(f"{letter}={size}" for letter, size in found["shape"].items())
+    top = found["ceilings"]
+    lines = [
+        f"{found['command']}: {found['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        f"random Llama {found['shape_name']}, {shape}: {found['parameters']:,} parameters",
+        "work: " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in found["work"].items()),
+        "ceilings, measured before: "
+        + ", ".join(
+            f"{dtype} {flops / 1e9:,.0f} GF/s" for dtype, flops in found["ceilings"]["flops_per_second"].items()
+        )
+        + f", read {found['ceilings']['read_bytes_per_second'] / 1e9:,.1f} GB/s"
+        + f", copy {found['ceilings']['copy_bytes_per_second'] / 1e9:,.1f} GB/s",
+        "",
+        f"{'':42}{'seconds':>9}{'spread':>8}{'cold':>8}{'tokens/s':>10}{'GF/s':>9}{'MFU':>6}{'GB/s':>8}{'roof':>6}"
+        f"{'peak MB':>9}",
+    ]
+    for side in found["summary"]:
+        label = f"{side['name']}, {side['dtype']}"
+        for part, rates in side["parts"].items():
+            whole = part == "seconds"
+            name = label if whole else f"  {_PARTS.get(part, part.removesuffix('_seconds').replace('_', ' '))}"
+            spread, cold = (f"{side['spread']:.0%}", f"{side['cold_seconds']:.1f}") if whole else ("", "")
+            peak = f"{side['peak_bytes'] / 1e6:,.0f}" if whole and side.get("peak_bytes") else ""
+            lines.append(
+                f"{name:42}{side[part]:9.2f}{spread:>8}{cold:>8}{rates['tokens_per_second']:10,.0f}"
+                f"{rates['flops_per_second'] / 1e9:9,.0f}{rates['mfu']:6.0%}{rates['bytes_per_second'] / 1e9:8,.1f}"
+                f"{rates['roofline']:6.0%}{peak:>9}"
+            )
+    for part, ratio in found["ratio"].items():
+        what = "" if part == "seconds" else f" ({_PARTS.get(part, part.removesuffix('_seconds').replace('_', ' '))})"
+        lines += [f"{name} / ours{what}: {times:.2f}" for name, times in ratio.items()]
+    lines += [
+        "",
+        f"Medians of {found['repeat']} runs, all sides in turn; spread: (most - least) / median; cold: the first run,",
+        "compilation included. Tokens are useful ones. MFU and roof: the least that the work asks for, as a share of",
+        "what this device was measured to do. A ratio takes the better type of each side.",
+    ]
+    return "\n".join(lines)
