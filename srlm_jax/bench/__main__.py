@@ -8,7 +8,7 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from srlm_jax.bench import ceilings, load, peer_process, report, sampling
+from srlm_jax.bench import ceilings, load, peer_process, report, sampling, training
 from srlm_jax.bench.setting import Setting
 from srlm_jax.bench.workload import ACCELERATOR, CPU, FEWER_PROMPTS, SHAPES, Workload
 from srlm_jax.storage import jsonl
@@ -24,8 +24,16 @@ VS: dict[str, tuple[str, ...]] = {
     "decode": ("transformers", "tunix"),
     "prefill": ("transformers",),
     "judge": ("transformers",),
+    "sft": ("transformers", "trl"),
+    "dpo": ("trl",),
 }
-MEASURES = {"decode": sampling.measure, "prefill": sampling.measure, "judge": sampling.measure}
+MEASURES = {
+    "decode": sampling.measure,
+    "prefill": sampling.measure,
+    "judge": sampling.measure,
+    "sft": training.measure,
+    "dpo": training.measure,
+}
 COMMANDS = (*VS, "peers")
 
 _SHAPE = flags.DEFINE_enum("shape", None, list(SHAPES), "Which model; if not given, 1b for load and 110m for the rest.")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from srlm_jax.data.batches import Row
 from srlm_jax.model.config import PRESETS, LlamaConfig
 
 Ids = tuple[int, ...]
@@ -182,3 +183,13 @@ def pairs(w: Workload, vocabulary: int) -> list[Pair]:
     w = dataclasses.replace(w, prompts=w.batch * w.updates, samples=2)
     asked = answering(w, vocabulary)
     return pairs_of(w, asked, tuple(tuple(_ids(n, vocabulary, rng) for n in limits) for (limits,) in asked.limits))
+
+
+def documents(w: Workload, vocabulary: int) -> list[Row]:
+    """Prompts with an answer each, for `updates` updates of `batch` of them; the loss is on the answer."""
+    rng = _rng(w, "documents")
+    asked = answering(dataclasses.replace(w, prompts=w.batch * w.updates, samples=1), vocabulary)
+    return [
+        Row((*instruction, *_ids(limit - 1, vocabulary, rng), END), len(instruction))
+        for (instruction,), ((limit,),) in zip(asked.prompts, asked.limits, strict=True)
+    ]
