@@ -17,7 +17,7 @@ from srlm_jax.bench.workload import SHAPES
 from srlm_jax.model import sources
 
 ROOT = Path(__file__).parents[1]
-KNOWN = "load, decode, prefill, judge, sft, dpo, peers"
+KNOWN = "load, decode, prefill, judge, sft, dpo, iteration, all, peers"
 FIELDS = {field.name for field in dataclasses.fields(load.Load)}
 
 

@@ -8,7 +8,7 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from srlm_jax.bench import ceilings, load, peer_process, report, sampling, training
+from srlm_jax.bench import ceilings, iteration, load, peer_process, report, sampling, training
 from srlm_jax.bench.setting import Setting
 from srlm_jax.bench.workload import ACCELERATOR, CPU, FEWER_PROMPTS, SHAPES, Workload
 from srlm_jax.storage import jsonl
@@ -26,6 +26,7 @@ VS: dict[str, tuple[str, ...]] = {
     "judge": ("transformers",),
     "sft": ("transformers", "trl"),
     "dpo": ("trl",),
+    "iteration": ("trl",),
 }
 MEASURES = {
     "decode": sampling.measure,
@@ -33,8 +34,9 @@ MEASURES = {
     "judge": sampling.measure,
     "sft": training.measure,
     "dpo": training.measure,
+    "iteration": iteration.measure,
 }
-COMMANDS = (*VS, "peers")
+COMMANDS = (*VS, "all", "peers")
 
 _SHAPE = flags.DEFINE_enum("shape", None, list(SHAPES), "Which model; if not given, 1b for load and 110m for the rest.")
 _DTYPE = flags.DEFINE_list(
@@ -47,6 +49,7 @@ _VS = flags.DEFINE_enum("vs", _ALONE, [_ALONE, "transformers", "trl", "tunix"], 
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "The peer's interpreter; if not given, .peers/NAME/bin/python.")
 _REPEAT = flags.DEFINE_integer("repeat", None, "How often to measure each; if not given, 5 for load, else 3.", 1)
 _UNSHARED = flags.DEFINE_bool("unshared", False, "judge: measure this package without sharing too.")
+_GROWTH = flags.DEFINE_list("growth", [], "1,2,4,10: the same with so many times the work, and what a unit costs.")
 _MAKE = flags.DEFINE_list("make", [], "peers: which environments to make.")
 _BASE_PYTHON = flags.DEFINE_string("base_python", sys.executable, "peers: the interpreter to make them with.")
 _JSON = flags.DEFINE_string("json", None, "A file to write all of it to.")
@@ -76,16 +79,46 @@ def run(command: str) -> tuple[object, str]:
     if command == "peers":
         return _make_peers()
     peer = None if _VS.value == _ALONE else _VS.value
-    if peer is not None and peer not in VS[command]:
-        raise ValueError(f"--vs={peer}: {command} is compared with {' or '.join(VS[command])}")
+    known = sorted({name for names in VS.values() for name in names}) if command == "all" else VS[command]
+    if peer is not None and peer not in known:
+        raise ValueError(f"--vs={peer}: {command} is compared with {' or '.join(known)}")
     if command == "load":
         return _load(peer)
+    times = _times()
     if peer is not None:
         peer_process.python_of(peer, _PEER_PYTHON.value)  # before anything takes its time
     _share_memory(peer)
+    top = ceilings.measure(_setting("decode", None).dtypes)
+    if command != "all":
+        return _measured(command, peer, top, times)
+    found = {}
+    for one in MEASURES:
+        found[one] = _measured(one, peer if peer in VS[one] else None, top, times)
+        print(found[one][1], end="\n\n", flush=True)
+    return {one: document for one, (document, _) in found.items()}, "all: " + ", ".join(found)
+
+
+def _measured(command: str, peer: str | None, top: ceilings.Ceilings, times: list[int]) -> tuple[object, str]:
     setting = _setting(command, peer)
-    found = report.document(setting, top := ceilings.measure(setting.dtypes), MEASURES[command](setting, top))
-    return found, report.table(found)
+    if not times:
+        found = report.document(setting, top, MEASURES[command](setting, top))
+        return found, report.table(found)
+    found = {}
+    for factor in times:
+        more = dataclasses.replace(setting, workload=setting.workload.times(factor, command in ("sft", "dpo")))
+        found[factor] = report.document(more, top, MEASURES[command](more, top))
+    grown = report.growth(found)
+    return grown, report.growth_table(grown)
+
+
+def _times() -> list[int]:
+    try:
+        times = [int(text) for text in _GROWTH.value]
+    except ValueError:
+        times = [0]
+    if any(factor < 1 for factor in times):
+        raise ValueError(f"--growth={','.join(_GROWTH.value)}: give whole numbers from 1, as in 1,2,4,10")
+    return times
 
 
 def _make_peers() -> tuple[object, str]:

@@ -31,10 +31,16 @@ def document(setting: Setting, ceilings: Ceilings, measured: Mapping[str, object
         "units": measured["units"],
         "repeat": setting.repeat,
         "ceilings": dataclasses.asdict(ceilings),
+        "device_peak_bytes": device_peak(),
         "runs": measured["runs"],
         "summary": summary,
         "ratio": {part: found for part in parts if (found := sides.ratios(summary, part))},
     }
+
+
+def device_peak() -> int | None:
+    """The most of the device's own memory that this process has had so far, None where it has none of its own."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def table(found: Mapping[str, object]) -> str:
@@ -65,6 +71,11 @@ def table(found: Mapping[str, object]) -> str:
                 f"{rates['flops_per_second'] / 1e9:9,.0f}{rates['mfu']:6.0%}{rates['bytes_per_second'] / 1e9:8,.1f}"
                 f"{rates['roofline']:6.0%}{peak:>9}"
             )
+    count, unit = found["units"]
+    for side in found["summary"]:
+        lines.append(f"{side['name']}, {side['dtype']}: {side['seconds'] / count:.3f} s per {unit}")
+    if found["device_peak_bytes"] is not None:
+        lines.append(f"memory of the device, at most so far: {found['device_peak_bytes'] / 1e9:,.1f} GB")
     for part, ratio in found["ratio"].items():
         what = "" if part == "seconds" else f" ({_PARTS.get(part, part.removesuffix('_seconds').replace('_', ' '))})"
         lines += [f"{name} / ours{what}: {times:.2f}" for name, times in ratio.items()]
@@ -75,3 +86,40 @@ def table(found: Mapping[str, object]) -> str:
         "what this device was measured to do. A ratio takes the better type of each side.",
     ]
     return "\n".join(lines)
+
+
+def growth_table(found: Mapping[str, object]) -> str:
+    """The same work some times over: what a unit of it costs each time."""
+    lines = [
+        f"growth of {found['command']}: {found['device']}; random Llama {found['shape_name']}",
+        "",
+        f"{'':42}{'times':>7}{'units':>8}{'seconds':>10}{'s a unit':>10}{'of first':>10}{'peak MB':>9}",
+    ]
+    first: dict[str, float] = {}
+    for row in found["growth"]:
+        each = row["seconds"] / row["units"]
+        first.setdefault(row["label"], each)
+        lines.append(
+            f"{row['label']:42}{row['times']:7}{row['units']:8}{row['seconds']:10.2f}{each:10.4f}"
+            f"{each / first[row['label']]:10.2f}{row['peak_bytes'] / 1e6:9,.0f}"
+        )
+    return "\n".join([*lines, "", f"A unit is a {found['unit']}. Medians of {found['repeat']} runs."])
+
+
+def growth(documents: Mapping[int, Mapping[str, object]]) -> dict[str, object]:
+    """The documents of the same command with so many times the work, as one."""
+    some = next(iter(documents.values()))
+    rows = [
+        {
+            "times": times,
+            "label": f"{side['name']}, {side['dtype']}",
+            "units": found["units"][0],
+            "seconds": side["seconds"],
+            "peak_bytes": side.get("peak_bytes", 0),
+        }
+        for times, found in documents.items()
+        for side in found["summary"]
+    ]
+    rows.sort(key=lambda row: row["label"])
+    kept = {name: some[name] for name in ("command", "device", "shape_name", "repeat", "ceilings")}
+    return kept | {"unit": some["units"][1], "growth": rows, "documents": {str(n): d for n, d in documents.items()}}

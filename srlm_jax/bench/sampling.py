@@ -100,7 +100,7 @@ def _sides(setting: Setting, tree: Tree, opened: contextlib.ExitStack) -> tuple[
         script, methods = PEERS[setting.peer]
         python = python_of(setting.peer, setting.peer_python)
         folder = opened.enter_context(checkpoint(setting))
-        _agree(setting, tree, script, methods, python, folder)
+        agree(setting, tree, script, methods, python, folder)
         for dtype in setting.dtypes:
             for method in methods:
                 peer = opened.enter_context(started(script, python, job(setting, folder, dtype)))
@@ -203,7 +203,7 @@ def ask(peer: Peer, method: str, tree: Tree, draw: Mapping[str, float], rows: in
     return found
 
 
-def _agree(setting: Setting, tree: Tree, script: str, methods: Sequence[str], python: Path, folder: str) -> None:
+def agree(setting: Setting, tree: Tree, script: str, methods: Sequence[str], python: Path, folder: str) -> None:
     """Nothing is timed before both sides are seen to compute the same thing, in float32.
 
     Raises:

@@ -23,7 +23,7 @@ def llama_110m() -> LlamaConfig:
     """A Llama of Llama 2's proportions: 134,105,856 parameters, 110 million but for the embedding."""
     return LlamaConfig(
         V=32_000, D=768, L=12, N=12, K=12, H=64, F=2048, rope_theta=10_000.0, rope_scaling=None, norm_eps=1e-5,
-        tied=False, param_dtype="float32", compute_dtype="float32", remat=True,
+        tied=False, param_dtype="float32", compute_dtype="float32", remat=False,
     )  # fmt: skip
 
 
@@ -52,6 +52,12 @@ class Workload:
     batch: int  # rows of SFT, or pairs of DPO, of one update
     updates: int  # in one measurement
     seed: int
+
+    def times(self, factor: int, training: bool) -> "Workload":
+        """So many times the work: updates where it is `training`, instructions elsewhere."""
+        if training:
+            return dataclasses.replace(self, updates=factor * self.updates)
+        return dataclasses.replace(self, prompts=factor * self.prompts)
 
 
 # What stands around an instruction and an answer is the paper's judge prompt in Llama 2's tokens. On an accelerator the
