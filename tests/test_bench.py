@@ -160,8 +160,13 @@ def test_the_command_prints_a_table_and_writes_the_same(tmp_path):
         ((), f"error: say what to measure: {KNOWN}, as in: python -m srlm_jax.bench load\n"),
         (("dance",), f"error: say what to measure: {KNOWN}, not 'dance'\n"),
         (("load", "--folder=tests"), "error: tests holds no model: none of manifest.json, config.json, params.json"),
+        (("load", "--dtype=int8"), "error: --dtype=int8: give float32 or bfloat16 or float16\n"),
+        (("judge", "--vs=tunix"), "error: --vs=tunix: judge is compared with transformers\n"),
+        (("dpo", "--vs=trl", "--peer_python=/no"), "error: --peer_python=/no is not there: make it by python -m"),
+        (("decode", "--growth=1,x"), "error: --growth=1,x: give whole numbers from 1, as in 1,2,4,10\n"),
+        (("peers",), "error: say which: --make=transformers,trl,tunix\n"),
     ],
-    ids=["nothing", "unknown", "no model"],
+    ids=["nothing", "unknown", "no model", "no type", "no such comparison", "no peer", "no number", "no name"],
 )
 def test_an_error_is_one_line(arguments, error):
     done = command(*arguments)

@@ -8,7 +8,8 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from srlm_jax.bench import ceilings, iteration, load, peer_process, report, sampling, training
+from srlm_jax.bench import ceilings, commands, load, peer_process, report
+from srlm_jax.bench.commands import MEASURES, VS
 from srlm_jax.bench.setting import Setting
 from srlm_jax.bench.workload import ACCELERATOR, CPU, FEWER_PROMPTS, SHAPES, Workload
 from srlm_jax.storage import jsonl
@@ -18,24 +19,6 @@ FAILURES = (ValueError, OSError)
 
 _ALONE = "nothing"
 
-# What each command can be compared with.
-VS: dict[str, tuple[str, ...]] = {
-    "load": tuple(load.PEERS),
-    "decode": ("transformers", "tunix"),
-    "prefill": ("transformers",),
-    "judge": ("transformers",),
-    "sft": ("transformers", "trl"),
-    "dpo": ("trl",),
-    "iteration": ("trl",),
-}
-MEASURES = {
-    "decode": sampling.measure,
-    "prefill": sampling.measure,
-    "judge": sampling.measure,
-    "sft": training.measure,
-    "dpo": training.measure,
-    "iteration": iteration.measure,
-}
 COMMANDS = (*VS, "all", "peers")
 
 _SHAPE = flags.DEFINE_enum("shape", None, list(SHAPES), "Which model; if not given, 1b for load and 110m for the rest.")
@@ -100,15 +83,11 @@ def run(command: str) -> tuple[object, str]:
 
 def _measured(command: str, peer: str | None, top: ceilings.Ceilings, times: list[int]) -> tuple[object, str]:
     setting = _setting(command, peer)
-    if not times:
-        found = report.document(setting, top, MEASURES[command](setting, top))
-        return found, report.table(found)
-    found = {}
-    for factor in times:
-        more = dataclasses.replace(setting, workload=setting.workload.times(factor, command in ("sft", "dpo")))
-        found[factor] = report.document(more, top, MEASURES[command](more, top))
-    grown = report.growth(found)
-    return grown, report.growth_table(grown)
+    if times:
+        found = commands.grown(setting, top, times)
+        return found, report.growth_table(found)
+    found = commands.measured(setting, top)
+    return found, report.table(found)
 
 
 def _times() -> list[int]:

@@ -109,7 +109,7 @@ class Tree:
 
     def unshared(self) -> "Tree":
         """Every row as a prompt of its own, its first token another than its neighbours', so that nothing is shared."""
-        rows = [((_FIRST + i % 64, *prompt[1:]), limit) for i, (prompt, limit) in enumerate(self.rows)]
+        rows = [((_FIRST + i % 32, *prompt[1:]), limit) for i, (prompt, limit) in enumerate(self.rows)]
         return Tree(tuple((prompt,) for prompt, _ in rows), tuple(((limit,),) for _, limit in rows))
 
 
