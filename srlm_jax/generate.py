@@ -122,6 +122,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --checkpoint=DIR")
     logging.set_verbosity(logging.ERROR)
+    meshes.keep_programs(meshes.PROGRAMS)
     params = SamplingParams(
         samples=_N.value,
         temperature=_TEMPERATURE.value,

@@ -16,6 +16,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)  # tests compile what they test
 
 # Before anything imports them: every annotated shape in these modules is checked. The trees of arrays in other modules
 # are also made of shapes and shardings at times, which their annotations do not say; the losses carry none, so that

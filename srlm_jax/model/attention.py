@@ -3,8 +3,8 @@
 What may be read is described, not written out: a fused kernel works the description into its own loops, so that no
 [T, S] array of scores or of a mask exists. `ops.attend` is the definition that every kernel agrees with.
 
-Axes: B rows, T new tokens, S keys, N query heads, K key-value heads, G = N / K, H head width, R rows of a part,
-C = B / R siblings that share one of them.
+Axes: L layers, B rows, T new tokens, S keys, N query heads, K key-value heads, G = N / K, H head width, R rows of a
+part, C siblings that share one of them, D groups of devices with rows of their own, X places for siblings.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from srlm_jax.model import ops
+from srlm_jax.model import decode_attention, ops
 from srlm_jax.parallel import rules
 
 # The smallest piece of a row that a TPU's kernel works on; below it the scores are small, and plain attention is best.
@@ -36,15 +36,27 @@ class Readable:
 
     causal: query t reads keys 0 to t.
     segments_BT: with as many keys as queries, and rows of their own: a query reads the keys of its own segment.
-    valid_RS: which keys hold something.
+    length_R: so many keys of each row hold something; None: all.
+    start_R: where these begin, the row being a ring; None: at its first key.
     """
 
     causal: bool = dataclasses.field(metadata={"static": True})
     segments_BT: Int[Array, "B T"] | None
-    valid_RS: Bool[Array, "R S"] | None
+    length_R: Int[Array, "R"] | None
+    start_R: Int[Array, "R"] | None
+
+    def valid_RS(self, keys: int) -> Bool[Array, "R S"]:
+        """Which of so many keys hold something, where `length_R` says so.
+
+        start 4, length 3 of 6   ->   1 . . . 1 1
+        """
+        age_RS = jnp.arange(keys)[None]
+        if self.start_R is not None:
+            age_RS = (age_RS - self.start_R[:, None]) % keys
+        return age_RS < self.length_R[:, None]
 
     def mask_RCTS(self, first: int | Int[Array, ""], queries: int, keys: int) -> Bool[Array, "#R 1 #T S"]:
-        """The same, written out for `queries` queries from query `first` on.
+        """All of it, written out for `queries` queries from query `first` on.
 
         causal, segments a a b b ->   1 . . .
                                       1 1 . .
@@ -57,41 +69,118 @@ class Readable:
         if self.segments_BT is not None:
             own = jax.lax.dynamic_slice_in_dim(self.segments_BT, first, queries, axis=1)
             mask &= (own[:, :, None] == self.segments_BT[:, None, :keys])[:, None]
-        if self.valid_RS is not None:
-            mask &= self.valid_RS[:, None, None]
+        if self.length_R is not None:
+            mask &= self.valid_RS(keys)[:, None, None]
         return mask
+
+
+ALL = Readable(causal=False, segments_BT=None, length_R=None, start_R=None)
+CAUSAL = dataclasses.replace(ALL, causal=True)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Keys and values of R rows, and which of them a query may read. Row b of the queries reads row b * R // B."""
+    """One layer's keys and values of R rows, and which of them a query may read.
 
-    k_RKSH: Float[Array, "R K S H"]
-    v_RKSH: Float[Array, "R K S H"]
+    They stay in the stack of all layers, from which XLA reads the one it wants, and a kernel does too: cut out
+    before, they would be copied for it. Row b of the queries reads row b * R // B, siblings being adjacent.
+    """
+
+    k_LRKSH: Float[Array, "L R K S H"]
+    v_LRKSH: Float[Array, "L R K S H"]
+    layer: Int[Array, ""]
     readable: Readable
 
+    @property
+    def k_RKSH(self) -> Float[Array, "R K S H"]:
+        return self._own(self.k_LRKSH)
 
-def attend(q_BNTH: Float[Array, "B N T H"], parts: list[Part]) -> Float[Array, "B N T H"]:
+    @property
+    def v_RKSH(self) -> Float[Array, "R K S H"]:
+        return self._own(self.v_LRKSH)
+
+    def _own(self, stack: jax.Array) -> jax.Array:
+        return stack[0] if stack.shape[0] == 1 else jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
+
+
+def alone(k_RKSH: Float[Array, "R K S H"], v_RKSH: Float[Array, "R K S H"], readable: Readable) -> Part:
+    """Keys and values that are in no stack."""
+    return Part(k_RKSH[None], v_RKSH[None], jnp.int32(0), readable)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Siblings:
+    """Who reads the rows of a part, where rows of queries come and go and siblings are not adjacent.
+
+    Each of D groups of devices has X places for its rows, and a part's row r is read from the places r * X // R to
+    (r + 1) * X // R of all groups' places together.
+
+    readers_DX: which of its group's rows stands at a place; any number where none does.
+    place_B: at which of its group's places a row stands; any number where at none, and then what it reads is nothing
+      to build on.
+    """
+
+    readers_DX: Int[Array, "D X"]
+    place_B: Int[Array, "B"]
+
+    def placed(self, q_BNTH: jax.Array) -> jax.Array:
+        """Rows, put to their places."""
+        return _taken(q_BNTH, self.readers_DX)
+
+    def rows(self, at_places: jax.Array) -> jax.Array:
+        """What was found at the places, for each row."""
+        return _taken(at_places, self.place_B.reshape(self.readers_DX.shape[0], -1))
+
+
+def _taken(x: jax.Array, index_DI: jax.Array) -> jax.Array:
+    """x[index], where each group has a share of its own of x and counts from its first."""
+    shares = x.reshape(index_DI.shape[0], -1, *x.shape[1:])
+    # A gather with the groups as a batch axis: the compiler leaves it to each device.
+    found = jax.vmap(lambda share, index: jnp.take(share, index, axis=0, mode="clip"))(shares, index_DI)
+    return found.reshape(-1, *x.shape[1:])
+
+
+def attend(
+    q_BNTH: Float[Array, "B N T H"], parts: list[Part], shared: list[Part], siblings: Siblings | None
+) -> Float[Array, "B N T H"]:
     """Softmax attention over the keys of all parts together; query head n reads key-value head n // G.
+
+    Args:
+      parts: read as `Part` says.
+      shared: read as `siblings` says, which is None where there are none.
 
     Differentiable with one part; several are a cache's, which nobody differentiates through.
     """
-    kernels = [kernel(platform(), q_BNTH, part, alone=len(parts) == 1) for part in parts]
-    arrays, tree = jax.tree.flatten((q_BNTH, parts))
+    single = len(parts) + len(shared) == 1
+    kernels = [kernel(platform(), q_BNTH, part, single=single) for part in (*parts, *shared)]
+    arrays, tree = jax.tree.flatten((q_BNTH, parts, shared, siblings))
 
     def run(*arrays: jax.Array) -> jax.Array:
-        q_BNTH, parts = tree.unflatten(arrays)
-        if len(parts) == 1:
+        q_BNTH, parts, shared, siblings = tree.unflatten(arrays)
+        if single:
             return kernels[0](q_BNTH, parts[0], with_lse=False)[0]
-        found = [one(q_BNTH, part, with_lse=True) for one, part in zip(kernels, parts, strict=True)]
+        found = [one(q_BNTH, part, with_lse=True) for one, part in zip(kernels, parts, strict=False)]
+        if shared:
+            q_XNTH = siblings.placed(q_BNTH)
+            at_places = [
+                one(q_XNTH, part, with_lse=True) for one, part in zip(kernels[len(parts) :], shared, strict=True)
+            ]
+            found += [(siblings.rows(out), siblings.rows(lse)) for out, lse in at_places]
         return ops.merge_attention(*map(list, zip(*found, strict=True)))
 
     if {*kernels} <= {plain, blocked}:
         return run(*arrays)
     # What is no operation of XLA's own the compiler cannot split: each device runs it on its own rows and heads.
-    axes = {4: ("batch", "kv_heads", "tokens", "head"), 2: ("batch", "tokens")}
-    return rules.on_each_device(run, arrays, [axes[array.ndim] for array in arrays])
+    axes = {
+        5: ("layers", "batch", "kv_heads", "slots", "head"),
+        4: ("batch", "kv_heads", "tokens", "head"),
+        2: ("batch", "tokens"),
+        1: ("batch",),
+        0: (),
+    }
+    return rules.on_each_device(run, arrays, [axes[jnp.ndim(array)] for array in arrays])
 
 
 def platform() -> str:
@@ -103,32 +192,34 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, alone: bool) -> Callable:
+def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Callable:
     """The function for this part on this platform: from queries and a part to the output and, `with_lse`, the
-    log-sum-exp of the scores (float32), by which parts are merged. `alone`: it is the only part, so nobody asks for it.
+    log-sum-exp of the scores (float32), by which parts are merged. `single`: it is the only part, and nobody asks.
     """
-    (T, H), S = q_BNTH.shape[2:], part.k_RKSH.shape[2]
+    (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[3]
     if T == 1:
-        return plain  # the place of a kernel for decoding, which reads each key once and writes few scores
+        slot_bytes = part.k_LRKSH.shape[2] * H * part.k_LRKSH.dtype.itemsize
+        whole = H % LANES == 0 and decode_attention.block_size(S, slot_bytes) is not None
+        return decoding if platform == "tpu" and whole else plain
     if platform == "tpu" and min(T, S) >= LANES:
         return splash
     # jax gives cuDNN's log-sum-exp in the output's 16 bits, too few to merge parts by.
     half = q_BNTH.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and half and alone and H % 8 == 0 and H <= 128 and T == S and part.readable.valid_RS is None:
+    if platform == "gpu" and half and single and H % 8 == 0 and H <= 128 and T == S and part.readable.length_R is None:
         return cudnn if part.readable.segments_BT is None else triton
     return blocked if S > PLAIN_KEYS and T > QUERY_BLOCK else plain
 
 
 def plain(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
     """All scores at once, by XLA."""
-    mask = part.readable.mask_RCTS(0, q_BNTH.shape[2], part.k_RKSH.shape[2])
+    mask = part.readable.mask_RCTS(0, q_BNTH.shape[2], part.k_LRKSH.shape[3])
     return ops.attend(q_BNTH, part.k_RKSH, part.v_RKSH, mask)
 
 
 def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
     """The scores of one block of queries after the other, by XLA; on the way back they are computed again."""
     B, N, T, H = q_BNTH.shape
-    S, blocks = part.k_RKSH.shape[2], -(-T // QUERY_BLOCK)
+    S, blocks = part.k_LRKSH.shape[3], -(-T // QUERY_BLOCK)
     q = _pad(q_BNTH, 2, blocks * QUERY_BLOCK, 0).reshape(B, N, blocks, QUERY_BLOCK, H)
     readable = part.readable
     if readable.segments_BT is not None:
@@ -146,10 +237,30 @@ def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array
     return joined[0][:, :, :T], joined[1][:, :, :T]
 
 
+def decoding(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
+    """The kernel of `decode_attention`, for one new token a row."""
+    B, N, _, H = q_BNTH.shape
+    _, R, K, S, _ = part.k_LRKSH.shape
+    C, readable = B // R, part.readable
+    # Siblings are so many more query heads of a key-value head.
+    q_RKQH = q_BNTH.reshape(R, C, K, N // K, H).swapaxes(1, 2).reshape(R, K, C * N // K, H)
+    zeros_R = jnp.zeros(R, jnp.int32)
+    out, lse = decode_attention.flash_decode(
+        q_RKQH * H**-0.5,
+        part.k_LRKSH,
+        part.v_LRKSH,
+        part.layer,
+        zeros_R if readable.start_R is None else readable.start_R,
+        zeros_R + S if readable.length_R is None else readable.length_R,
+    )
+    out = out.reshape(R, K, C, N // K, H).swapaxes(1, 2).reshape(B, N, 1, H)
+    return out, lse.reshape(R, K, C, N // K).swapaxes(1, 2).reshape(B, N, 1)
+
+
 def splash(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
     """JAX's splash attention for TPUs; differentiable without the log-sum-exp alone."""
     B, N, T, H = q_BNTH.shape
-    R, K, S, _ = part.k_RKSH.shape
+    _, R, K, S, _ = part.k_LRKSH.shape
     C, readable = B // R, part.readable
     queries, keys = (-(-length // LANES) * LANES for length in (T, S))
     # Siblings are so many more query heads of a key-value head.
@@ -161,8 +272,8 @@ def splash(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array,
     if readable.segments_BT is not None:
         own = _pad(readable.segments_BT, 1, queries, -1)
         ids = splash_kernel.SegmentIds(own, own)
-    elif readable.valid_RS is not None or not readable.causal:
-        valid = jnp.ones((R, S), bool) if readable.valid_RS is None else readable.valid_RS
+    elif readable.length_R is not None or not readable.causal:
+        valid = jnp.ones((R, S), bool) if readable.length_R is None else readable.valid_RS(S)
         ids = splash_kernel.SegmentIds(jnp.ones((R, queries), jnp.int32), _pad(valid.astype(jnp.int32), 1, keys, 0))
     mask = (splash_mask.CausalMask if readable.causal else splash_mask.FullMask)((queries, keys))
     run = splash_kernel.make_splash_mha(

@@ -1,8 +1,8 @@
 """The key-value cache: a tree of levels, so that what rows share is stored once and read once.
 
 Everything sampled here is known beforehand to be a tree (judge template -> instruction -> response -> votes, or
-prompt -> candidates). Row b of the deepest level descends from row b * R // B of a level with R rows: siblings are
-adjacent. One level is the ordinary cache.
+prompt -> candidates). The rows of the deepest level that descend from one row of another are adjacent, or told by an
+index (`attention.Siblings`). One level is the ordinary cache.
 
 Axes: L layers, R rows of a level, B rows of the leaf, K key-value heads, S slots, H head width, T new tokens.
 """
@@ -11,24 +11,24 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from srlm_jax.model.attention import Readable
+from srlm_jax.model.attention import ALL, Part, Readable, Siblings
 from srlm_jax.model.config import LlamaConfig
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """Keys and values of R rows, and which of the S slots of each row hold a token."""
+    """Keys and values of R rows, each of which has its tokens in its first slots, so many as `length_R` says."""
 
     k_LRKSH: Float[Array, "L R K S H"]
     v_LRKSH: Float[Array, "L R K S H"]
-    valid_RS: Bool[Array, "R S"]
+    length_R: Int[Array, "R"]
 
-    @property
-    def readable(self) -> Readable:
-        return Readable(causal=False, segments_BT=None, valid_RS=self.valid_RS)
+    def part(self, layer: Int[Array, ""]) -> Part:
+        """What attention in one layer reads of it."""
+        return Part(self.k_LRKSH, self.v_LRKSH, layer, dataclasses.replace(ALL, length_R=self.length_R))
 
 
 @jax.tree_util.register_dataclass
@@ -36,16 +36,22 @@ class Level:
 class Cache:
     """What one forward pass reads and writes.
 
-    parents: finished levels, root first; every new token may read every valid slot of its ancestors.
+    parents: finished levels whose rows have their readers side by side; a new token reads all of its ancestors.
+    shared: finished levels that are read as `siblings` says, which is None where there are none.
     k, v: the leaf level, which receives the T new tokens of all rows at `slot`.
-    readable: which leaf slots each new token may read, itself included.
+    readable: which slots of the leaf a new token reads, once the new ones are there; None: none of them.
+    among_themselves: whether new tokens besides read themselves and those before them in the row, which `readable`
+      then leaves out.
     """
 
     parents: tuple[Level, ...]
+    shared: tuple[Level, ...]
+    siblings: Siblings | None
     k_LBKSH: Float[Array, "L B K S H"]
     v_LBKSH: Float[Array, "L B K S H"]
     slot: Int[Array, ""]
-    readable: Readable
+    readable: Readable | None
+    among_themselves: bool = dataclasses.field(metadata={"static": True})
 
 
 def empty(config: LlamaConfig, rows: int, slots: int) -> Float[Array, "L R K S H"]:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from srlm_jax.model import attention, ops
-from srlm_jax.model.attention import Part, Readable
+from srlm_jax.model.attention import Part
 from srlm_jax.model.cache import Cache
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.parallel import rules
@@ -97,12 +97,9 @@ class Llama(nnx.Module):
         c = self.config
         B, T = tokens_BT.shape
         cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta, c.rope_scaling)
-        if cache is None:
-            readable = Readable(causal=True, segments_BT=segments_BT, valid_RS=None)
-            parents, leaf = (), None
-        else:
-            assert segments_BT is None
-            readable, parents, leaf = cache.readable, cache.parents, (cache.k_LBKSH, cache.v_LBKSH)
+        assert cache is None or segments_BT is None
+        own = dataclasses.replace(attention.CAUSAL, segments_BT=segments_BT)
+        leaf = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH)
 
         # Between the halves of a block, and so in what gradients keep of it, the tokens of a row are shared by the
         # devices that split its products (Megatron's sequence parallelism, arXiv 2205.05198). The products' operands
@@ -114,26 +111,27 @@ class Llama(nnx.Module):
 
         def block(carry, scanned):
             x_BTD, leaf = carry
-            w, layer, parent_kvs = scanned
+            w, layer = scanned
             drop = None if dropout is None else dropout.fold(layer)
             cast = jax.tree.map(lambda p: p.astype(c.compute_dtype), w)
             h_BTD = whole(ops.rms_norm(x_BTD, cast.attention_norm[...], c.norm_eps))
             q_BNTH = ops.rotate(project(h_BTD, cast.q[...]), cos, sin)
             k_BKTH = ops.rotate(project(h_BTD, cast.k[...]), cos, sin)
             v_BKTH = project(h_BTD, cast.v[...])
-            if leaf is None:
-                k_BKSH, v_BKSH = k_BKTH, v_BKTH
-            else:
+            parts = [attention.alone(k_BKTH, v_BKTH, own)] if cache is None or cache.among_themselves else []
+            shared, siblings = [], None
+            if cache is not None:
                 # The stacked cache travels in the carry, so that it is updated in place.
                 start = (layer, 0, 0, cache.slot, 0)
                 leaf = tuple(
                     jax.lax.dynamic_update_slice(kv, new[None].astype(kv.dtype), start)
                     for kv, new in zip(leaf, (k_BKTH, v_BKTH), strict=True)
                 )
-                k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(kv, layer, keepdims=False) for kv in leaf)
-            parts = [Part(k_BKSH, v_BKSH, readable)]
-            parts += [Part(k, v, level.readable) for level, (k, v) in zip(parents, parent_kvs, strict=True)]
-            a_BNTH = attention.attend(q_BNTH, parts)
+                if cache.readable is not None:
+                    parts.append(Part(*leaf, layer, cache.readable))
+                parts += [level.part(layer) for level in cache.parents]
+                shared, siblings = [level.part(layer) for level in cache.shared], cache.siblings
+            a_BNTH = attention.attend(q_BNTH, parts, shared, siblings)
             a_BTD = scattered(ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D)))
             x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(0)(a_BTD))
             h_BTD = whole(ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps))
@@ -143,9 +141,8 @@ class Llama(nnx.Module):
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]
         x_BTD = stored(x_BTD)
-        parent_kvs = [(level.k_LRKSH, level.v_LRKSH) for level in parents]
         body = jax.checkpoint(block) if c.remat and cache is None else block
-        (x_BTD, leaf), _ = jax.lax.scan(body, (x_BTD, leaf), (self.blocks, jnp.arange(c.L), parent_kvs))
+        (x_BTD, leaf), _ = jax.lax.scan(body, (x_BTD, leaf), (self.blocks, jnp.arange(c.L)))
         x_BTD = whole(ops.rms_norm(x_BTD, self.norm[...].astype(c.compute_dtype), c.norm_eps))
         if cache is None:
             return x_BTD, None

@@ -22,6 +22,10 @@ SILENCE_S = 60
 FAREWELL_S = 120
 
 
+# Where compiled programs are kept unless somebody says otherwise.
+PROGRAMS = "~/.cache/srlm_jax/programs"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
     """How the devices are split. Two layouts over the same devices: one to train in, one to sample in.
@@ -38,6 +42,15 @@ class MeshShape:
     data: int
     fsdp: int
     tensor: int
+
+
+def keep_programs(folder: str | None) -> None:
+    """Compiled programs that took a second or more are kept in `folder`, and found there by the next process that wants
+    them: a run that is started again begins at once. None: they are not kept. Where JAX_COMPILATION_CACHE_DIR, or code
+    before, has chosen a folder, that one stays."""
+    if folder is not None and jax.config.jax_compilation_cache_dir is None:
+        path = folder if "://" in folder else os.path.expanduser(folder)
+        jax.config.update("jax_compilation_cache_dir", path)
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None, timeout_s: int) -> None:

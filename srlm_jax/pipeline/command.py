@@ -52,6 +52,7 @@ def run_command(config: Mapping, redo: str | None) -> None:
     Raises any of FAILURES; what was done until then stays, and the same command goes on from there.
     """
     settings = read(config)
+    mesh.keep_programs(settings.compile_cache)
     mesh.start(settings.coordinator, settings.processes, settings.process, settings.start_timeout_s)
     with hosts.together("start"):
         run = make_run(settings, srlm_jax.__version__)

@@ -46,7 +46,9 @@ class ModelGenerate:
         ends = self._ends()
         groups = [
             engine.Group(
-                address=words_32(request.id, 2), prompts=tuple(self._encode(request, text) for text in request.prompts)
+                address=words_32(request.id, 2),
+                prompts=tuple(self._encode(request, text) for text in request.prompts),
+                limits=None,
             )
             for request in requests
         ]

@@ -136,6 +136,7 @@ class Settings:
     processes: int | None  # with an address: how many there are
     process: int | None  # with an address: which of them this is, from 0
     start_timeout_s: int  # how long a process waits for the others to start
+    compile_cache: str | None  # a folder in which compiled programs are kept for the next start; None: they are not
     context_length: int  # tokens that the model may see at once
     max_prompt_tokens: int  # of an instruction
     shard_prompts: int  # prompts between two files that a killed run keeps

@@ -10,6 +10,8 @@ that merges levels on a GPU has none and is slower than its formula.
 import dataclasses
 
 from srlm_jax.model.config import LlamaConfig
+from srlm_jax.sampling.decode import Shape
+from srlm_jax.sampling.prefill import CHUNK
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -154,27 +156,28 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
     )
 
 
-def prefill_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, slots: tuple[int, int], held: float) -> Cost:
-    """Reading `groups` groups of `prompts` prompts: what a group shares, then the rest of each prompt."""
-    own, wide = split.own_rows(groups), _BYTES[c.compute_dtype]
-    shared, rest = slots
-    flops = block_flops(c, own * shared, shared) + block_flops(c, own * prompts * rest, rest + shared)
-    tokens = own * (shared + prompts * rest)
+def prefill_cost(c: LlamaConfig, split: Split, room: Shape, at_once: int, held: float) -> Cost:
+    """Reading `at_once` groups: what prompts share, then the rest of each, as long as there is room for."""
+    own, wide = split.own_rows(at_once), _BYTES[c.compute_dtype]
+    shared, rest, _ = room.slots
+    flops = block_flops(c, own * shared, shared) + block_flops(c, own * room.prompts * rest, rest + shared)
+    tokens = own * (shared + room.prompts * rest)
+    # Each chunk of the group's level and of the prompts' is a pass over all weights.
+    passes = sum(max(1, slots // CHUNK) for slots in (shared, rest))
     return Cost(
         flops=flops / split.tensor,
-        # The group's level and the prompts' are a pass over all weights each.
-        memory_bytes=2 * sample_bytes(c) / split.weights + tokens * kv_token_bytes(c) / split.tensor,
+        memory_bytes=passes * sample_bytes(c) / split.weights + tokens * kv_token_bytes(c) / split.tensor,
         link_bytes=2 * _gathered(2 * c.L * tokens * c.D * wide, split.tensor),
         resident_bytes=held + 2 * tokens * kv_token_bytes(c) / split.tensor,
     )
 
 
-def decode_cost(c: LlamaConfig, split: Split, groups: int, prompts: int, samples: int, slots, steps: int) -> Cost:
+def decode_cost(c: LlamaConfig, split: Split, room: Shape, steps: int) -> Cost:
     """`steps` tokens of every row; each step reads all slots of each level once for all rows that share them."""
-    own, wide = split.own_rows(groups), _BYTES[c.compute_dtype]
-    rows = own * prompts * samples
-    held = own * (slots[0] + prompts * (slots[1] + samples * slots[2])) * kv_token_bytes(c) / split.tensor
-    flops = block_flops(c, rows, sum(slots)) + head_flops(c, rows)
+    rows, groups, wide = split.own_rows(room.rows), split.own_rows(room.groups), _BYTES[c.compute_dtype]
+    shared, rest, own = room.slots
+    held = (groups * (shared + room.prompts * rest) + rows * own) * kv_token_bytes(c) / split.tensor
+    flops = block_flops(c, rows, sum(room.slots)) + head_flops(c, rows)
     weights = sample_bytes(c) / split.weights
     reduced = 2 * c.L * rows * c.D * wide
     return Cost(

@@ -21,9 +21,11 @@ from srlm_jax.pipeline import training
 from srlm_jax.pipeline.settings import Settings
 from srlm_jax.plan import formulas, hlo
 from srlm_jax.plan.formulas import Cost, Split
+from srlm_jax.records import SamplingParams
 from srlm_jax.sampling import decode as dec
 from srlm_jax.sampling import engine
-from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState
+from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState, Shape
+from srlm_jax.sampling.prefill import CHUNK, prefill_prefix
 from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective
 from srlm_jax.train.step import make_train_step
 
@@ -31,6 +33,7 @@ from srlm_jax.train.step import make_train_step
 # of which 272 come before the instruction and 107 behind the answer).
 CHAT_FRAME = 16
 RUBRIC_BEFORE, RUBRIC_BEHIND = 272, 107
+STOP_LENGTH = 8  # tokens of the longest stop sequence; a few numbers a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,38 +80,24 @@ class TooLarge:
 class SamplingShape:
     """How the engine lays out a stage's prompts; see `sampling.engine`."""
 
-    groups: int
+    room: Shape
     at_once: int
-    prompts: int
-    samples: int
-    slots: tuple[int, int, int]
     prefix: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
+    params: SamplingParams
 
 
 def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
     """The largest that the engine may be asked for, by stage: answers to instructions, and judgements of answers."""
     instruction, answer = s.max_prompt_tokens, s.responses.max_new_tokens
 
-    def shape(prompts: int, params, prefix: int, shared: int, rest: int) -> SamplingShape:
-        groups = engine.groups_at_once(s.engine.rows, prompts * params.samples, s.shard_prompts, data)
-        return SamplingShape(
-            groups=groups,
-            at_once=engine.admitted_at_once(groups, data),
-            prompts=prompts,
-            samples=params.samples,
-            slots=(engine.bucket(shared), engine.bucket(rest), engine.bucket(params.max_new_tokens)),
-            prefix=prefix,
-            max_new_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-        )
+    def shape(prompts: int, params: SamplingParams, prefix: int, shared: int, rest: int) -> SamplingShape:
+        slots = (engine.bucket(shared), engine.bucket(rest), engine.bucket(params.max_new_tokens))
+        room, at_once = engine.shape(s.engine.rows, s.shard_prompts, prompts, params.samples, slots, STOP_LENGTH, data)
+        return SamplingShape(room, at_once, prefix, params)
 
-    before = RUBRIC_BEFORE // 4 * 4
+    before = RUBRIC_BEFORE // 16 * 16
     return {
-        "responses": shape(1, s.responses, 4, CHAT_FRAME + instruction, 0),
+        "responses": shape(1, s.responses, 0, CHAT_FRAME + instruction, 0),
         "judgements": shape(s.responses.samples, s.judging, before, instruction, answer + RUBRIC_BEHIND + CHAT_FRAME),
     }
 
@@ -147,10 +136,8 @@ def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
         ),
     }
     for stage, x in sampling_shapes(s, sample.rows).items():
-        decode = formulas.decode_cost(c, sample, x.groups, x.prompts, x.samples, x.slots, s.engine.steps)
-        found[f"prefill, {stage}"] = formulas.prefill_cost(
-            c, sample, x.at_once, x.prompts, x.slots[:2], decode.resident_bytes
-        )
+        decode = formulas.decode_cost(c, sample, x.room, s.engine.steps)
+        found[f"prefill, {stage}"] = formulas.prefill_cost(c, sample, x.room, x.at_once, decode.resident_bytes)
         found[f"decode, {stage}"] = decode
     both = formulas.param_bytes(c) / split.weights + formulas.sample_bytes(c) / sample.weights
     moved = formulas.sample_bytes(c) * (1 / sample.weights - 1 / split.weights)
@@ -219,40 +206,37 @@ def _reshard(model: Llama, like: Llama, cost: Cost) -> Program:
 
 def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cost) -> list[Program]:
     seed = jax.eval_shape(lambda: jax.random.key(0))
-    prefix = jax.eval_shape(dec.prefill_prefix, model, jax.ShapeDtypeStruct((1, x.prefix), jnp.int32))
-    stops = 8  # tokens of the longest stop sequence; a few numbers a row
-    state = jax.eval_shape(
-        lambda prefix, seed: dec.start(model, prefix, x.groups, x.prompts, x.samples, x.slots, stops, seed),
-        prefix,
-        seed,
-    )
+    prefix = None
+    if x.prefix:
+        shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
+        prefix = jax.eval_shape(prefill_prefix, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
+    state = jax.eval_shape(lambda prefix, seed: dec.start(model, prefix, x.room, seed), prefix, seed)
     state: DecodeState = jax.tree.map(
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, engine.shardings(mesh, state)
     )
     whole = rules.replicated(mesh)
     array = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=whole)
-    A, P = x.at_once, x.prompts
+    A, P, C, slots = x.at_once, x.room.prompts, x.room.samples, x.room.slots
     new = Admission(
         slot_A=array(jnp.int32, A),
-        group_tokens_AT=array(jnp.int32, A, x.slots[0]),
+        group_tokens_AT=array(jnp.int32, A, slots[0]),
         group_length_A=array(jnp.int32, A),
-        prompt_tokens_APT=array(jnp.int32, A, P, x.slots[1]),
+        prompt_tokens_APT=array(jnp.int32, A, P, slots[1]),
         prompt_length_AP=array(jnp.int32, A, P),
         last_AP=array(jnp.int32, A, P),
-        present_AP=array(bool, A, P),
+        limit_APC=array(jnp.int32, A, P, C),
         address_A=array(jnp.uint32, A, 2),
     )
-    config = DecodeConfig(
-        temperature=x.temperature, top_p=x.top_p, max_new_tokens=x.max_new_tokens, steps=s.engine.steps
-    )
+    config = DecodeConfig(temperature=x.params.temperature, top_p=x.params.top_p, steps=s.engine.steps)
     names = [f"prefill, {stage}", f"decode, {stage}"]
     given = {"weights": model, "cache": state}
+    chunks = max(1, slots[1] // CHUNK)
     return [
-        Program(names[0], dec.admit, given | {"admission": new, "key": _key(mesh)}, mesh, 1, cost[names[0]]),
+        Program(names[0], dec.admit, given | {"admission": new, "key": _key(mesh)}, mesh, chunks, cost[names[0]]),
         Program(
             names[1],
             jax.jit(lambda weights, state, stops: dec.decode(weights, state, stops, config), donate_argnums=1),
-            given | {"stops": array(jnp.int32, 3, stops)},
+            given | {"stops": array(jnp.int32, 3, STOP_LENGTH)},
             mesh,
             s.engine.steps,
             cost[names[1]],

@@ -56,10 +56,9 @@ def stages(s: Settings, data: int) -> list[Stage]:
     shapes = programs.sampling_shapes(s, data)
 
     def sampling(stage: str, groups: float, tokens: float, length: int) -> dict[str, float]:
-        shape = shapes[stage]
-        rows = shape.groups * shape.prompts * shape.samples
-        completions = groups * shape.prompts * shape.samples
-        calls = completions * min(tokens, length) / (rows * s.engine.steps)
+        shape, room = shapes[stage], shapes[stage].room
+        completions = groups * room.prompts * room.samples
+        calls = completions * min(tokens, length) / (room.rows * s.engine.steps)
         return {f"prefill, {stage}": groups / shape.at_once, f"decode, {stage}": calls}
 
     ranked = s.seed_data.rules.eft_train_prompts * RANKED_ANSWERS / s.responses.samples
@@ -100,7 +99,7 @@ def assumptions(s: Settings, data: int) -> list[str]:
         f"every row is padded to {programs.row_length(s)} positions (config.context_length)",
         "every chip runs at its data sheet's peak in what bounds it: real programs take longer",
         "the slots of the engine are always full: " + "; ".join(
-            f"{stage} {shape.groups * shape.prompts * shape.samples} rows" for stage, shape in shapes.items()
+            f"{stage} {shape.room.rows} rows" for stage, shape in shapes.items()
         ),
     ]  # fmt: skip
     if s.models > 1:

@@ -1,11 +1,16 @@
-"""Prefill, admission and decoding as compiled functions of an explicit state.
+"""Admission and decoding as compiled functions of an explicit state.
 
-A batch is a tree (see `model.cache`): G groups of prompts, P prompts each, C samples of each prompt. A level holds the
-tokens that a group's prompts share, the next the rest of each prompt but its last token; the leaf holds what each row
-decodes, its prompt's last token first. Every group is a slot that can be given to new work while the others go on.
+What is sampled is a tree (see `model.cache`): groups of prompts, P prompts each, C samples of each prompt. A level
+holds the tokens that a group's prompts share, the next the rest of each prompt but its last token; the leaf holds what
+is decoded, the prompt's last token first.
 
-Axes: L layers, G groups, R = G * P prompts, B = R * C rows, K key-value heads, S slots of a level, H head width,
-T tokens of a prefill, V vocabulary, M longest stop sequence, Q stop sequences, A groups admitted at once.
+G groups are held at once, with R = G * P prompts and X = R * C samples. Fewer samples than are held are decoded at a
+time, in B rows: a row that has ended a sample takes the next one in the queue at the very next token, of whatever
+prompt it is. So all rows have work while new groups are read and finished ones leave; the host only looks on.
+
+Axes: L layers, K key-value heads, S slots of a level, H head width, T tokens of a prefill, V vocabulary, M longest stop
+sequence, Q stop sequences, A groups admitted at once, D groups of devices, each with G / D groups, B / D rows and X / D
+samples of its own: rows and samples are numbered within them.
 """
 
 import dataclasses
@@ -13,15 +18,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from srlm_jax.model import cache as kv
-from srlm_jax.model.attention import Readable
+from srlm_jax.model.attention import ALL, Siblings
 from srlm_jax.model.cache import Cache, Level
 from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import rules
 from srlm_jax.sampling import filters
+from srlm_jax.sampling.prefill import HALVINGS, Below, prefill
 
 NO_TOKEN = -1  # in a stop sequence: any token matches
+NO_SAMPLE = -1  # what an idle row decodes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +38,25 @@ class DecodeConfig:
 
     temperature: float
     top_p: float
-    max_new_tokens: int
     steps: int  # tokens between two looks of the host
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How many of everything a state has room for."""
+
+    data: int  # D
+    groups: int  # G
+    prompts: int  # P
+    samples: int  # C
+    rows: int  # B
+    slots: tuple[int, int, int]  # of the group level, the prompt level and the leaf
+    stop_length: int  # M
+
+    @property
+    def held_samples(self) -> int:
+        """X."""
+        return self.groups * self.prompts * self.samples
 
 
 @jax.tree_util.register_dataclass
@@ -43,12 +68,21 @@ class DecodeState:
     groups, prompts: the levels of G and R rows.
     k, v: the leaf level, a ring: all rows write slot `clock % S`, and row b owns the `written_B[b]` slots before it.
     clock: tokens decoded since the start, by any row.
-    written_B: tokens that row b has in the leaf.
-    last_B: the token that row b reads next.
-    position_B: that token's place in its document.
-    recent_BM: the last M tokens of row b, the newest last, for the stop sequences; NO_TOKEN before its first.
-    seed_B: what the row's random numbers derive from: a key of its own.
-    active_B: whether row b is still decoding.
+
+    Of the samples that are held: how a row begins with one.
+    first_X: the token that it reads first.
+    start_X: that token's place in its document.
+    limit_X: how many tokens it may have.
+    seed_X: what its random numbers derive from: a key of its own.
+    readers_DX: the row that decodes it; B / D where none does.
+
+    queue_DX: samples that wait for a row, from `head_D` to `tail_D`, both modulo X / D.
+
+    Of the rows: where each is with its sample.
+    sample_B: the sample; NO_SAMPLE where the row is idle.
+    written_B: tokens that the row has in the leaf.
+    last_B: the token that it reads next.
+    recent_BM: its last M tokens, the newest last, for the stop sequences; NO_TOKEN before its first.
     """
 
     prefix: Level | None
@@ -57,204 +91,285 @@ class DecodeState:
     k_LBKSH: Float[Array, "L B K S H"]
     v_LBKSH: Float[Array, "L B K S H"]
     clock: Int[Array, ""]
+    first_X: Int[Array, "X"]
+    start_X: Int[Array, "X"]
+    limit_X: Int[Array, "X"]
+    seed_X: Array
+    readers_DX: Int[Array, "D X"]
+    queue_DX: Int[Array, "D X"]
+    head_D: Int[Array, "D"]
+    tail_D: Int[Array, "D"]
+    sample_B: Int[Array, "B"]
     written_B: Int[Array, "B"]
     last_B: Int[Array, "B"]
-    position_B: Int[Array, "B"]
     recent_BM: Int[Array, "B M"]
-    seed_B: Array
-    active_B: Bool[Array, "B"]
 
 
-def _ancestors(prefix: Level | None, *levels: Level) -> tuple[Level, ...]:
-    return (() if prefix is None else (prefix,)) + levels
-
-
-def _prefill(model: Llama, parents: tuple[Level, ...], tokens_RT, lengths_R, start_R) -> Level:
-    R, T = tokens_RT.shape
-    valid_RT = jnp.arange(T)[None] < lengths_R[:, None]
-    empty = kv.empty(model.config, R, T)
-    cache = Cache(
-        parents=parents,
-        k_LBKSH=empty,
-        v_LBKSH=empty,
-        slot=jnp.int32(0),
-        # What fills a row up lies to the right of its tokens, so that none of them reads it.
-        readable=Readable(causal=True, segments_BT=None, valid_RS=None),
-    )
-    positions_RT = start_R[:, None] + jnp.arange(T)[None]
-    _, cache = model(tokens_RT, positions_RT, segments_BT=None, cache=cache, dropout=None)
-    return Level(cache.k_LBKSH, cache.v_LBKSH, valid_RT)
-
-
-@jax.jit
-def prefill_prefix(model: Llama, tokens_1T: Int[Array, "1 T"]) -> Level:
-    """The level of the tokens that all prompts begin with."""
-    length = jnp.full(1, tokens_1T.shape[1])
-    return _prefill(model, (), tokens_1T, length, jnp.zeros(1, jnp.int32))
-
-
-def start(model: Llama, prefix: Level | None, groups: int, prompts: int, samples: int, lengths, stop_length, seed):
-    """An idle state for `groups` groups of `prompts` prompts of `samples` samples.
-
-    `lengths` are the slots of the group level, the prompt level and the leaf.
-    """
-    config = model.config
-    R, B = groups * prompts, groups * prompts * samples
+def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> DecodeState:
+    """A state that holds nothing yet."""
+    config, D, B, X = model.config, shape.data, shape.rows, shape.held_samples
 
     def level(rows: int, slots: int) -> Level:
         # Two arrays, not one twice: the state is donated, and no buffer can be donated twice.
-        return Level(kv.empty(config, rows, slots), kv.empty(config, rows, slots), jnp.zeros((rows, slots), bool))
+        return Level(kv.empty(config, rows, slots), kv.empty(config, rows, slots), jnp.zeros(rows, jnp.int32))
 
-    leaf = level(B, lengths[2])
+    leaf = level(B, shape.slots[2])
+    zeros = lambda *sizes: jnp.zeros(sizes, jnp.int32)
     return DecodeState(
         prefix=prefix,
-        groups=level(groups, lengths[0]),
-        prompts=level(R, lengths[1]),
+        groups=level(shape.groups, shape.slots[0]),
+        prompts=level(shape.groups * shape.prompts, shape.slots[1]),
         k_LBKSH=leaf.k_LRKSH,
         v_LBKSH=leaf.v_LRKSH,
-        clock=jnp.int32(0),
-        written_B=jnp.zeros(B, jnp.int32),
-        last_B=jnp.zeros(B, jnp.int32),
-        position_B=jnp.zeros(B, jnp.int32),
-        recent_BM=jnp.full((B, stop_length), NO_TOKEN, jnp.int32),
-        seed_B=jnp.repeat(seed[None], B, axis=0),
-        active_B=jnp.zeros(B, bool),
+        clock=zeros(),
+        first_X=zeros(X),
+        start_X=zeros(X),
+        limit_X=zeros(X),
+        seed_X=jnp.repeat(seed[None], X, axis=0),
+        readers_DX=jnp.full((D, X // D), B // D, jnp.int32),
+        queue_DX=zeros(D, X // D),
+        head_D=zeros(D),
+        tail_D=zeros(D),
+        sample_B=jnp.full(B, NO_SAMPLE, jnp.int32),
+        written_B=zeros(B),
+        last_B=zeros(B),
+        recent_BM=jnp.full((B, shape.stop_length), NO_TOKEN, jnp.int32),
     )
+
+
+# --- admission --------------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """New work for A groups; a group whose slot is past the end is padding and changes nothing."""
+    """New work for A groups, A / D for each group of devices; one whose slot is past the end is padding and changes
+    nothing."""
 
-    slot_A: Int[Array, "A"]
+    slot_A: Int[Array, "A"]  # counted within the group of devices
     group_tokens_AT: Int[Array, "A T"]  # what the prompts of the group share, beyond the prefix
     group_length_A: Int[Array, "A"]
     prompt_tokens_APT: Int[Array, "A P T"]  # the rest of each prompt, but its last token
     prompt_length_AP: Int[Array, "A P"]
     last_AP: Int[Array, "A P"]  # the last token of each prompt
-    present_AP: Bool[Array, "A P"]  # a group may have fewer prompts than the widest
+    limit_APC: Int[Array, "A P C"]  # of each sample's tokens; 0: there is no such sample
     address_A: Int[Array, "A 2"]  # what the group's random numbers derive from: a hash of its id
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> DecodeState:
-    """Prefills new groups into their slots. Each prompt is prefilled once, whatever its samples."""
-    A, P = new.last_AP.shape
-    G = state.groups.valid_RS.shape[0]
-    C = state.last_B.shape[0] // (G * P)
-    prefix_length = 0 if state.prefix is None else state.prefix.valid_RS.shape[1]
-
-    start_A = jnp.full(A, prefix_length)
-    group_level = _prefill(model, _ancestors(state.prefix), new.group_tokens_AT, new.group_length_A, start_A)
+    """Reads new groups into their slots, each prompt once, and puts their samples at the end of the queue."""
+    A, P, C = new.limit_APC.shape
+    D = state.head_D.shape[0]
+    parents = () if state.prefix is None else (state.prefix,)
+    start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.length_R[0])
+    group_level = prefill(
+        model, parents, None, new.group_tokens_AT, new.group_length_A, start_A, data=D, halvings=0
+    )  # fmt: skip
     start_AP = jnp.broadcast_to((start_A + new.group_length_A)[:, None], (A, P))
-    prompt_level = _prefill(
+    # The rows of each group of devices by their length, so that those that end early are out of the way of the others.
+    order_DX = jnp.argsort(-new.prompt_length_AP.reshape(D, -1), axis=1)
+    by_length = lambda x: jax.vmap(lambda x, order: x[order])(x.reshape(*order_DX.shape, *x.shape[2:]), order_DX)
+    flat = lambda x: by_length(x).reshape(A * P, *x.shape[2:])
+    prompt_level = prefill(
         model,
-        _ancestors(state.prefix, group_level),
-        new.prompt_tokens_APT.reshape(A * P, -1),
-        new.prompt_length_AP.reshape(-1),
-        start_AP.reshape(-1),
+        parents,
+        Below(group_level, order_DX),
+        flat(new.prompt_tokens_APT),
+        flat(new.prompt_length_AP),
+        flat(start_AP),
+        data=D,
+        halvings=HALVINGS,
     )
 
-    def put(old: Array, fresh: Array, axis: int, per_group: int) -> Array:
-        """Writes A groups of `per_group` rows each into their slots, along `axis`; padding's slots are dropped."""
-        rows = (new.slot_A[:, None] * per_group + jnp.arange(per_group)[None]).reshape(-1)
-        index = (slice(None),) * axis + (rows,)
-        return old.at[index].set(fresh.astype(old.dtype), mode="drop")
+    slot_DA = new.slot_A.reshape(D, A // D)
+    every = lambda per_group: (slot_DA[:, :, None] * per_group + jnp.arange(per_group)[None, None]).reshape(D, -1)
 
-    def put_level(old: Level, fresh: Level, per_group: int) -> Level:
+    def put(old: Array, fresh: Array, axis: int, entries_DI: Array) -> Array:
+        """Writes what is new to its entries along `axis`; padding's are past the end, and dropped.
+
+        Each group of devices has its own entries and, of what is new, its own share: nothing moves between them.
+        """
+        shares = [x.reshape(*x.shape[:axis], D, -1, *x.shape[axis + 1 :]) for x in (old, fresh)]
+        write = lambda old, fresh, entries: old.at[(slice(None),) * axis + (entries,)].set(fresh, mode="drop")
+        return jax.vmap(write, (axis, axis, 0), axis)(*shares, entries_DI).reshape(old.shape)
+
+    def put_level(old: Level, fresh: Level, entries_DI: Array) -> Level:
         return Level(
-            put(old.k_LRKSH, fresh.k_LRKSH, 1, per_group),
-            put(old.v_LRKSH, fresh.v_LRKSH, 1, per_group),
-            put(old.valid_RS, fresh.valid_RS, 0, per_group),
+            put(old.k_LRKSH, fresh.k_LRKSH, 1, entries_DI),
+            put(old.v_LRKSH, fresh.v_LRKSH, 1, entries_DI),
+            put(old.length_R, fresh.length_R, 0, entries_DI),
         )
 
-    def put_rows(old: Array, fresh_AP: Array) -> Array:
-        fresh = jnp.repeat(fresh_AP.reshape(A * P, *fresh_AP.shape[2:]), C, axis=0)
-        return put(old, fresh, 0, P * C)
+    def put_samples(old: Array, fresh_APC: Array) -> Array:
+        return put(old, jnp.broadcast_to(fresh_APC, (A, P, C)).reshape(-1), 0, every(P * C))
 
-    # One key a row, from (stage, group, prompt, sample): where a row sits in the batch has no part in it.
-    def row_key(address_2: Array, prompt: Array, sample: Array) -> Array:
+    # One key a sample, from (stage, group, prompt, sample): where it sits in the batch has no part in it.
+    def key(address_2: Array, prompt: Array, sample: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(root_key, address_2[0]), address_2[1])
         return jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
 
-    over_samples = jax.vmap(row_key, (None, None, 0))
+    over_samples = jax.vmap(key, (None, None, 0))
     over_prompts = jax.vmap(over_samples, (None, 0, None))
     keys_APC = jax.vmap(over_prompts, (0, None, None))(new.address_A, jnp.arange(P), jnp.arange(C))
-    row_slots = (new.slot_A[:, None] * P * C + jnp.arange(P * C)[None]).reshape(-1)
+
+    waits_X = put_samples(jnp.zeros(state.first_X.shape, bool), new.limit_APC > 0)
+    queue_DX, tail_D = jax.vmap(_queued)(state.queue_DX, state.tail_D, waits_X.reshape(state.queue_DX.shape))
     return dataclasses.replace(
         state,
-        groups=put_level(state.groups, group_level, 1),
-        prompts=put_level(state.prompts, prompt_level, P),
-        written_B=put_rows(state.written_B, jnp.zeros((A, P), jnp.int32)),
-        last_B=put_rows(state.last_B, new.last_AP),
-        position_B=put_rows(state.position_B, start_AP + new.prompt_length_AP),
-        recent_BM=put_rows(state.recent_BM, jnp.full((A, P, state.recent_BM.shape[1]), NO_TOKEN)),
-        seed_B=state.seed_B.at[row_slots].set(keys_APC.reshape(-1), mode="drop"),
-        active_B=put_rows(state.active_B, new.present_AP),
+        groups=put_level(state.groups, group_level, every(1)),
+        prompts=put_level(state.prompts, prompt_level, by_length(every(P).reshape(A, P)).reshape(D, -1)),
+        first_X=put_samples(state.first_X, new.last_AP[:, :, None]),
+        start_X=put_samples(state.start_X, (start_AP + new.prompt_length_AP)[:, :, None]),
+        limit_X=put_samples(state.limit_X, new.limit_APC),
+        seed_X=put_samples(state.seed_X, keys_APC),
+        queue_DX=queue_DX,
+        tail_D=tail_D,
     )
+
+
+def _queued(queue_X: Array, tail: Array, waits_X: Array) -> tuple[Array, Array]:
+    """The queue with more samples at its end, in the order of their numbers."""
+    X = waits_X.size
+    place_X = jnp.where(waits_X, (tail + jnp.cumsum(waits_X) - 1) % X, X)
+    return queue_X.at[place_X].set(jnp.arange(X), mode="drop"), tail + jnp.sum(waits_X)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def _refilled(state: DecodeState) -> DecodeState:
+    """Idle rows with the next samples of the queue, as far as there are any."""
+    D, X = state.queue_DX.shape
+    B = state.sample_B.shape[0]
+
+    def of_group(sample_B: Array, queue_X: Array, head: Array, tail: Array):
+        idle_B = sample_B == NO_SAMPLE
+        turn_B = head + jnp.cumsum(idle_B) - 1
+        taken_B = idle_B & (turn_B < tail)
+        sample_B = jnp.where(taken_B, queue_X[turn_B % X], sample_B)
+        place_B = jnp.where(sample_B == NO_SAMPLE, X, sample_B)
+        readers_X = jnp.full(X, B // D, jnp.int32).at[place_B].set(jnp.arange(B // D), mode="drop")
+        return sample_B, taken_B, readers_X, head + jnp.sum(taken_B)
+
+    sample_DB, taken_DB, readers_DX, head_D = jax.vmap(of_group)(
+        state.sample_B.reshape(D, -1), state.queue_DX, state.head_D, state.tail_D
+    )
+    taken_B = taken_DB.reshape(-1)
+    return dataclasses.replace(
+        state,
+        readers_DX=readers_DX,
+        head_D=head_D,
+        sample_B=sample_DB.reshape(-1),
+        written_B=jnp.where(taken_B, 0, state.written_B),
+        last_B=jnp.where(taken_B, _of_sample(state.first_X, sample_DB), state.last_B),
+        recent_BM=jnp.where(taken_B[:, None], NO_TOKEN, state.recent_BM),
+    )
+
+
+def _of_sample(x_X: Array, sample_DB: Array) -> Array:
+    """For each row what `x_X` has for its sample; for an idle one, anything."""
+    D = sample_DB.shape[0]
+    return jax.vmap(lambda x, index: x[index])(x_X.reshape(D, -1), jnp.maximum(sample_DB, 0)).reshape(-1)
+
+
+def _read_by_any(level: Level, readers_DX: Array, rows: int) -> Level:
+    """A level whose rows are as good as empty where nobody reads them, so that a kernel passes them by."""
+    read_R = jnp.any((readers_DX < rows).reshape(level.length_R.shape[0], -1), axis=1)
+    return dataclasses.replace(level, length_R=jnp.where(read_R, level.length_R, 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What `decode` gives the host to look at; N of its columns are real steps, and the others hold no samples."""
+
+    tokens_BN: Int[Array, "B N"]
+    sample_BN: Int[Array, "B N"]  # whose the token is; NO_SAMPLE where the row was idle
+    ended_BN: Int[Array, "B N"]  # 1 where it is its sample's last
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def decode(
     model: Llama, state: DecodeState, stops_QM: Int[Array, "Q M"], config: DecodeConfig
-) -> tuple[DecodeState, Int[Array, "B steps"], Bool[Array, "B steps"]]:
-    """Decodes `config.steps` tokens of every active row, or fewer where all rows end earlier.
+) -> tuple[DecodeState, Decoded]:
+    """Decodes `config.steps` tokens of every row that has work, or fewer where all work ends earlier.
 
-    Returns the state, the tokens, and which of them are a row's own: a row that ended owns none from there on. A row
-    ends with a stop sequence, which is among its tokens, or after `config.max_new_tokens`.
+    A sample ends with a stop sequence, which is among its tokens, or after as many tokens as it may have.
     """
-    B, S = state.last_B.shape[0], state.k_LBKSH.shape[3]
+    B, S, D = state.sample_B.shape[0], state.k_LBKSH.shape[3], state.queue_DX.shape[0]
     head_DV = model.head()
+    # The arrays that a refill changes: what it leaves alone must not pass through the branch, or would be copied.
+    names = ("readers_DX", "head_D", "sample_B", "written_B", "last_B", "recent_BM")
 
     def alive(carry):
-        step, state, _, _ = carry
+        step, state, _ = carry
         return (
             (step < config.steps)  # the host wants a look
-            & jnp.any(state.active_B)  # every row has ended
+            & (jnp.any(state.sample_B != NO_SAMPLE) | jnp.any(state.head_D < state.tail_D))  # all work has ended
         )
 
     def one_token(carry):
-        step, state, tokens, owned = carry
+        step, state, out = carry
+        wanted = jnp.any(state.sample_B == NO_SAMPLE) & jnp.any(state.head_D < state.tail_D)
+        changing = tuple(getattr(state, name) for name in names)
+
+        def refill(changing):
+            refilled = _refilled(dataclasses.replace(state, **dict(zip(names, changing, strict=True))))
+            return tuple(getattr(refilled, name) for name in names)
+
+        changed = jax.lax.cond(wanted, refill, lambda changing: changing, changing)
+        state = dataclasses.replace(state, **dict(zip(names, changed, strict=True)))
+        sample_DB = state.sample_B.reshape(D, -1)
         slot = state.clock % S
         # A ring of S slots, this token written at slot 1, rows that own 3, 1 and 0 slots before it:
         #   slots   0 1 2 3 4 5
-        #   row 0   x x . . x x        age = (slot - s) mod S <= written
+        #   row 0   x x . . x x
         #   row 1   x x . . . .
         #   row 2   . x . . . .
-        age_S = (slot - jnp.arange(S)) % S
+        own = dataclasses.replace(
+            ALL,
+            length_R=jnp.where(state.sample_B == NO_SAMPLE, 1, state.written_B + 1),
+            start_R=(slot - state.written_B) % S,
+        )
         cache = Cache(
-            parents=_ancestors(state.prefix, state.groups, state.prompts),
+            parents=() if state.prefix is None else (state.prefix,),
+            shared=tuple(_read_by_any(level, state.readers_DX, B // D) for level in (state.groups, state.prompts)),
+            siblings=Siblings(state.readers_DX, jnp.maximum(state.sample_B, 0)),
             k_LBKSH=state.k_LBKSH,
             v_LBKSH=state.v_LBKSH,
             slot=slot,
-            readable=Readable(causal=False, segments_BT=None, valid_RS=age_S[None] <= state.written_B[:, None]),
+            readable=own,
+            among_themselves=False,
         )
+        position_B = _of_sample(state.start_X, sample_DB) + state.written_B
         hidden_B1D, cache = model(
-            state.last_B[:, None], state.position_B[:, None], segments_BT=None, cache=cache, dropout=None
+            state.last_B[:, None], position_B[:, None], segments_BT=None, cache=cache, dropout=None
         )
         logits_BV = jnp.einsum("bd,dv->bv", hidden_B1D[:, 0], head_DV, preferred_element_type=jnp.float32)
-        keys_B = jax.vmap(jax.random.fold_in)(state.seed_B, state.written_B)
+        keys_B = jax.vmap(jax.random.fold_in)(_of_sample(state.seed_X, sample_DB), state.written_B)
         drawn_B = filters.draw(logits_BV, keys_B, config.temperature, config.top_p)
         recent_BM = jnp.concatenate([state.recent_BM[:, 1:], drawn_B[:, None]], axis=1)
         matches_BQM = (recent_BM[:, None] == stops_QM[None]) | (stops_QM[None] == NO_TOKEN)
-        stopped_B = jnp.any(jnp.all(matches_BQM, axis=-1), axis=-1)
         written_B = state.written_B + 1
-        tokens = jax.lax.dynamic_update_slice(tokens, drawn_B[:, None], (0, step))
-        owned = jax.lax.dynamic_update_slice(owned, state.active_B[:, None], (0, step))
+        ended_B = jnp.any(jnp.all(matches_BQM, axis=-1), axis=-1) | (written_B >= _of_sample(state.limit_X, sample_DB))
+        put = lambda old, column: jax.lax.dynamic_update_slice(old, column[:, None].astype(jnp.int32), (0, step))
+        out = Decoded(put(out.tokens_BN, drawn_B), put(out.sample_BN, state.sample_B), put(out.ended_BN, ended_B))
         state = dataclasses.replace(
             state,
             k_LBKSH=cache.k_LBKSH,
             v_LBKSH=cache.v_LBKSH,
             clock=state.clock + 1,
+            sample_B=jnp.where(ended_B, NO_SAMPLE, state.sample_B),
             written_B=written_B,
             last_B=drawn_B,
-            position_B=state.position_B + 1,
             recent_BM=recent_BM,
-            active_B=state.active_B & ~stopped_B & (written_B < config.max_new_tokens),
         )
-        return step + 1, state, tokens, owned
+        return step + 1, state, out
 
-    blank = (jnp.zeros((B, config.steps), jnp.int32), jnp.zeros((B, config.steps), bool))
-    _, state, tokens, owned = jax.lax.while_loop(alive, one_token, (jnp.int32(0), state, *blank))
-    return state, tokens, owned
+    blank = lambda value: jnp.full((B, config.steps), value, jnp.int32)
+    _, state, out = jax.lax.while_loop(
+        alive, one_token, (jnp.int32(0), state, Decoded(blank(0), blank(NO_SAMPLE), blank(0)))
+    )
+    # Whole on every device, so that each process can read it without asking the others for anything.
+    return state, jax.tree.map(lambda x: rules.constrain(x, "slots", "tokens"), out)

@@ -6,6 +6,7 @@ The engine speaks token ids: lists of ints in, lists of ints out.
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -14,25 +15,31 @@ import numpy as np
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.sampling import decode as dec
-from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState
+from srlm_jax.sampling.decode import Admission, DecodeConfig, Decoded, DecodeState, Shape
+from srlm_jax.sampling.prefill import CHUNK, HALVINGS, positions_read, prefill_prefix
 
 Ids = tuple[int, ...]
+
+# Samples that are held for each that is decoded. Where lengths are spread as those of answers are, a group stays until
+# its longest sample ends, so that this many must be there for every row to find another when it has ended one.
+HELD_PER_ROW = 1.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How wide and how patient the engine is; neither changes what is sampled."""
 
-    rows: int  # completions decoded at once on a process's devices, or on all where only they hold the weights
+    rows: int  # samples decoded at once on a process's devices, or on all where only they hold the weights
     steps: int  # tokens between two looks at which rows have ended
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Prompts that are sampled together because they share their beginning; `address` seeds their random numbers."""
+    """Prompts that are sampled together because they share their beginning."""
 
-    address: tuple[int, int]  # two unsigned 32-bit integers
+    address: tuple[int, int]  # two unsigned 32-bit integers that seed their random numbers
     prompts: tuple[Ids, ...]
+    limits: tuple[tuple[int, ...], ...] | None  # most tokens of each sample of each prompt; None: as `Draw` says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,16 +71,23 @@ class Work:
 
     prompt_tokens: int = 0  # over all rows, as if nothing were shared
     prefilled_tokens: int = 0  # computed, without padding
+    padded_tokens: int = 0  # computed all the same, to fill up rows and batches
     row_steps: int = 0  # rows x decoding steps run
     sampled_tokens: int = 0  # of them, tokens that belong to a completion
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to 8, 12, 16, 24, 32, 48, ...: few sizes, so few compilations, and a third at most lost."""
+    """`length` rounded up to 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 768, ...: few sizes, so few
+    compilations, and each of them either one chunk of a prefill or several whole ones."""
     size = 8
-    while size < length:
+    while size < length or (size > CHUNK and size % CHUNK):
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
+
+
+def prefix_slots(length: int) -> int:
+    """Slots for what all prompts begin with, which is prefilled in one piece: whole blocks of the TPU's kernel."""
+    return -(-length // 64) * 64
 
 
 def _common(sequences: Sequence[Ids]) -> int:
@@ -82,14 +96,20 @@ def _common(sequences: Sequence[Ids]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def groups_at_once(rows: int, rows_per_group: int, groups: int, data: int) -> int:
-    """How many groups are held at once: as `rows` allows, no more than there are, and as many on each data group."""
-    return -(-min(max(1, rows // rows_per_group), groups) // data) * data
-
-
-def admitted_at_once(held: int, data: int) -> int:
-    """How many of `held` groups are prefilled together: a quarter, and as many on each data group."""
-    return max(data, held // 4 // data * data)
+def shape(
+    rows: int, groups: int, prompts: int, samples: int, slots: tuple[int, int, int], stop_length: int, data: int
+) -> tuple[Shape, int]:
+    """The room that so many groups are sampled in, and how many of them are read at once; all of it alike on each of
+    `data` groups of devices. Few groups take few shapes, so that the last of many calls compiles nothing new."""
+    up = lambda n: -(-n // data) * data
+    per_group = prompts * samples
+    rows = up(min(rows, groups * per_group))
+    at_once = up(max(1, rows // per_group // 4))
+    held = math.ceil(HELD_PER_ROW * rows / per_group) + at_once
+    held = up(min(held, 1 << (groups - 1).bit_length()))
+    return Shape(
+        data=data, groups=held, prompts=prompts, samples=samples, rows=rows, slots=slots, stop_length=stop_length
+    ), min(at_once, held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +125,7 @@ class _Layout:
     def of(cls, groups: Sequence[Group], max_new_tokens: int) -> "_Layout":
         # The last token of a prompt is decoded, not prefilled, so no level may hold it.
         heads = [prompt[:-1] for group in groups for prompt in group.prompts]
-        prefix = _common(heads) // 4 * 4 if len(groups) > 1 else 0
+        prefix = _common(heads) // 16 * 16 if len(groups) > 1 else 0
         shared = tuple(_common([prompt[:-1] for prompt in group.prompts]) - prefix for group in groups)
         rest = [len(p) - 1 - prefix - n for group, n in zip(groups, shared, strict=True) for p in group.prompts]
         slots = (bucket(max(shared)), bucket(max(rest)), bucket(max_new_tokens))
@@ -134,17 +154,36 @@ def sample(
       work: counters, added to.
 
     Raises:
-      ValueError: a prompt without tokens.
+      ValueError: a prompt without tokens, or limits that are not one for each sample, or out of bounds.
     """
     if not groups:
         return []
     if any(not group.prompts or not all(group.prompts) for group in groups):
         raise ValueError("every group needs a prompt and every prompt a token (the begin token, say)")
+    for group in groups:
+        wanted = [draw.samples] * len(group.prompts)
+        if group.limits is not None and (
+            [len(limits) for limits in group.limits] != wanted
+            or not all(0 < limit <= draw.max_new_tokens for limits in group.limits for limit in limits)
+        ):
+            raise ValueError(
+                f"limits of a group are one for each of {draw.samples} samples of each of its {len(wanted)} prompts, "
+                f"from 1 to max_new_tokens ({draw.max_new_tokens})"
+            )
     layout = _Layout.of(groups, draw.max_new_tokens)
     results: list[Samples | None] = [None] * len(groups)
     for index, samples in _run(model, groups, draw, layout, key, config, mesh, report, work):
         results[index] = samples
     return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Open:
+    """A group that is held: its number, and the tokens of each of its samples so far, None where there is none."""
+
+    group: int
+    tokens: list[list[int] | None]
+    unfinished: set[int]  # numbers of samples within the group
 
 
 def _run(
@@ -158,57 +197,100 @@ def _run(
     report: Callable[[int, int], None],
     work: Work,
 ) -> Iterator[tuple[int, Samples]]:
-    P, C = layout.prompts, draw.samples
-    data = mesh.shape["data"]
-    G = groups_at_once(config.rows, P * C, len(groups), data)
-    at_once = admitted_at_once(G, data)
     stops = _pad_stops(draw.stops)
-    decode_config = DecodeConfig(
-        temperature=draw.temperature, top_p=draw.top_p, max_new_tokens=draw.max_new_tokens, steps=config.steps
+    room, at_once = shape(
+        config.rows, len(groups), layout.prompts, draw.samples, layout.slots, stops.shape[1], mesh.shape["data"]
     )
+    decode_config = DecodeConfig(temperature=draw.temperature, top_p=draw.top_p, steps=config.steps)
     prefix = None
     if layout.prefix:
-        prefix = dec.prefill_prefix(model, np.asarray([layout.prefix], np.int32))
-        work.prefilled_tokens += len(layout.prefix)
-    state = _start(model, prefix, G, P, C, layout.slots, stops.shape[1], key, mesh)
+        length = len(layout.prefix)
+        tokens = np.zeros((1, prefix_slots(length)), np.int32)
+        tokens[0, :length] = layout.prefix
+        prefix = prefill_prefix(model, tokens, np.full(1, length, np.int32))
+        work.prefilled_tokens += length
+    state = _start(model, prefix, room, key, mesh)
 
-    queue = collections.deque(range(len(groups)))
-    held: list[int | None] = [None] * G  # which group each slot works on
-    tokens: dict[int, list[list[int]]] = {}  # by slot, by row
-    while queue or any(group is not None for group in held):
-        # Admit when a whole admission fits, or when nothing else is left to do; each costs the same.
-        while queue and (held.count(None) >= min(at_once, len(queue)) or held.count(None) == G):
-            free = [slot for slot, group in enumerate(held) if group is None]
-            chosen = [(slot, queue.popleft()) for slot in free[: min(at_once, len(queue))]]
+    # The longest first: those that are read together are then alike, and little is computed to fill them up.
+    longest = lambda index: (max(map(len, groups[index].prompts)), layout.shared[index])
+    queue = collections.deque(sorted(range(len(groups)), key=longest, reverse=True))
+    held: dict[int, _Open] = {}  # by slot
+    flying: collections.deque[Decoded] = collections.deque()
+    while queue or held:
+        # Read when a whole admission has room, or when nothing else is left to do; each costs the same.
+        while queue and (room.groups - len(held) >= min(at_once, len(queue)) or not held):
+            chosen = [(place, slot, queue.popleft()) for place, slot in _places(held, room, at_once)[: len(queue)]]
             with jax.set_mesh(mesh):
-                state = dec.admit(model, state, _admission(groups, layout, chosen, at_once, G, C, work), key)
-            for slot, group in chosen:
-                held[slot] = group
-                tokens[slot] = [[] for _ in range(P * C)]
+                state = dec.admit(model, state, _admission(groups, layout, draw, chosen, at_once, room, work), key)
+            held |= {slot: _opened(groups[index], index, room) for _, slot, index in chosen}
         with jax.set_mesh(mesh):
-            state, new, owned = dec.decode(model, state, stops, decode_config)
-        new, owned, active = hosts.fetch((new, owned, state.active_B))
-        finished, sampled = 0, int(owned.sum())
-        work.row_steps += owned.shape[0] * int(owned.any(axis=0).sum())
-        work.sampled_tokens += sampled
-        for slot, group in enumerate(held):
-            if group is None:
-                continue
-            rows = range(slot * P * C, (slot + 1) * P * C)
-            for row, kept in zip(rows, tokens[slot], strict=True):
-                kept.extend(new[row][owned[row]].tolist())
-            if not active[rows.start : rows.stop].any():
-                held[slot] = None
-                finished += len(groups[group].prompts) * C
-                yield group, _collect(tokens.pop(slot), len(groups[group].prompts), C, draw)
-        report(finished, sampled)
+            state, decoded = dec.decode(model, state, stops, decode_config)
+        # The device goes on with these tokens while the host looks at those before them.
+        flying.append(decoded)
+        if len(flying) > 1:
+            yield from _look(flying.popleft(), held, groups, draw, room, report, work)
 
 
-def _collect(rows: list[list[int]], prompts: int, samples: int, draw: Draw) -> Samples:
+def _places(held: Mapping[int, _Open], room: Shape, at_once: int) -> list[tuple[int, int]]:
+    """(place in an admission, slot) for new groups: each group of devices reads into its own free slots, its share of
+    the admission at most. What all of them can take first comes first."""
+    own, share = room.groups // room.data, at_once // room.data
+    found = []
+    for number in range(room.data):
+        free = [slot for slot in range(number * own, (number + 1) * own) if slot not in held]
+        found += [(turn, number * share + turn, slot) for turn, slot in enumerate(free[:share])]
+    return [(place, slot) for _, place, slot in sorted(found)]
+
+
+def _opened(group: Group, index: int, room: Shape) -> _Open:
+    there = [p < len(group.prompts) for p in range(room.prompts) for _ in range(room.samples)]
+    tokens = [[] if one else None for one in there]
+    return _Open(index, tokens, {number for number, one in enumerate(there) if one})
+
+
+def _look(
+    decoded: Decoded,
+    held: dict[int, _Open],
+    groups: Sequence[Group],
+    draw: Draw,
+    room: Shape,
+    report: Callable[[int, int], None],
+    work: Work,
+) -> Iterator[tuple[int, Samples]]:
+    """Hands out the tokens that the device has decoded; yields the groups that are done, which leave their slots."""
+    tokens, sample, ended = hosts.fetch((decoded.tokens_BN, decoded.sample_BN, decoded.ended_BN))
+    per_group, per_data = room.prompts * room.samples, room.held_samples // room.data
+    own = sample >= 0
+    work.row_steps += own.shape[0] * int(own.any(axis=0).sum())
+    work.sampled_tokens += int(own.sum())
+    # Samples are numbered within their group of devices; then all tokens of a sample side by side, in their order.
+    sample = sample + np.arange(room.rows)[:, None] // (room.rows // room.data) * per_data
+    sample, tokens, ended = (x.T[own.T] for x in (sample, tokens, ended))
+    order = np.argsort(sample, kind="stable")
+    numbers, starts = np.unique(sample[order], return_index=True)
+    finished, done = 0, []
+    for number, some, last in zip(
+        numbers, np.split(tokens[order], starts[1:]), np.split(ended[order], starts[1:]), strict=True
+    ):
+        slot, within = divmod(int(number), per_group)
+        one = held[slot]
+        one.tokens[within].extend(some.tolist())
+        if last[-1]:
+            finished += 1
+            one.unfinished.remove(within)
+            if not one.unfinished:
+                done.append(slot)
+    report(finished, int(own.sum()))
+    for slot in done:
+        one = held.pop(slot)
+        yield one.group, _collect(one.tokens, len(groups[one.group].prompts), draw)
+
+
+def _collect(tokens: list[list[int] | None], prompts: int, draw: Draw) -> Samples:
     def one(ids: list[int]) -> Sample:
         return Sample(tuple(ids), any(tuple(ids[-len(stop) :]) == stop for stop in draw.stops))
 
-    return tuple(tuple(one(rows[p * samples + c]) for c in range(samples)) for p in range(prompts))
+    return tuple(tuple(one(tokens[p * draw.samples + c]) for c in range(draw.samples)) for p in range(prompts))
 
 
 def _pad_stops(stops: Sequence[Ids]) -> np.ndarray:
@@ -221,39 +303,42 @@ def _pad_stops(stops: Sequence[Ids]) -> np.ndarray:
 def _admission(
     groups: Sequence[Group],
     layout: _Layout,
-    chosen: Sequence[tuple[int, int]],
+    draw: Draw,
+    chosen: Sequence[tuple[int, int, int]],
     at_once: int,
-    past_the_end: int,
-    samples: int,
+    room: Shape,
     work: Work,
 ) -> Admission:
-    """The chosen (slot, group) pairs as arrays, padded to `at_once` groups."""
-    P, prefix = layout.prompts, len(layout.prefix)
+    """The chosen (place, slot, group) as arrays, the places that are not taken as padding."""
+    P, C, prefix, own = room.prompts, room.samples, len(layout.prefix), room.groups // room.data
     new = Admission(
-        slot_A=np.full(at_once, past_the_end, np.int32),
+        slot_A=np.full(at_once, own, np.int32),
         group_tokens_AT=np.zeros((at_once, layout.slots[0]), np.int32),
         group_length_A=np.zeros(at_once, np.int32),
         prompt_tokens_APT=np.zeros((at_once, P, layout.slots[1]), np.int32),
         prompt_length_AP=np.zeros((at_once, P), np.int32),
         last_AP=np.zeros((at_once, P), np.int32),
-        present_AP=np.zeros((at_once, P), bool),
+        limit_APC=np.zeros((at_once, P, C), np.int32),
         address_A=np.zeros((at_once, 2), np.uint32),
     )
-    for i, (slot, index) in enumerate(chosen):
+    for i, slot, index in chosen:
         group, shared = groups[index], layout.shared[index]
-        new.slot_A[i] = slot
+        new.slot_A[i] = slot % own
         new.address_A[i] = group.address
         new.group_length_A[i] = shared
         new.group_tokens_AT[i, :shared] = group.prompts[0][prefix : prefix + shared]
-        work.prefilled_tokens += shared
         for p, prompt in enumerate(group.prompts):
             rest = prompt[prefix + shared : -1]
             new.prompt_tokens_APT[i, p, : len(rest)] = rest
             new.prompt_length_AP[i, p] = len(rest)
             new.last_AP[i, p] = prompt[-1]
-            new.present_AP[i, p] = True
-            work.prefilled_tokens += len(rest)
-            work.prompt_tokens += samples * (len(prompt) - 1)
+            new.limit_APC[i, p] = draw.max_new_tokens if group.limits is None else group.limits[p]
+            work.prompt_tokens += C * (len(prompt) - 1)
+    reads = ((new.group_length_A, layout.slots[0], 0), (new.prompt_length_AP, layout.slots[1], HALVINGS))
+    for lengths, slots, halvings in reads:
+        computed = positions_read(lengths.reshape(room.data, -1), slots, halvings)
+        work.prefilled_tokens += int(lengths.sum())
+        work.padded_tokens += computed - int(lengths.sum())
     return new
 
 
@@ -272,8 +357,8 @@ def shardings(mesh: jax.sharding.Mesh, state: DecodeState) -> DecodeState:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "prompts", "samples", "lengths", "stop_length", "mesh"))
-def _start(model: Llama, prefix, groups, prompts, samples, lengths, stop_length, seed, mesh) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("room", "mesh"))
+def _start(model: Llama, prefix, room: Shape, seed, mesh) -> DecodeState:
     """As `decode.start`, each device making its own part of the cache only."""
-    state = dec.start(model, prefix, groups, prompts, samples, lengths, stop_length, seed)
+    state = dec.start(model, prefix, room, seed)
     return jax.lax.with_sharding_constraint(state, shardings(mesh, state))

@@ -1,5 +1,6 @@
 """Every kernel against the plain one, and which of them is taken where. TPU and Triton kernels are interpreted."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,13 +11,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from srlm_jax.model import attention, ops
-from srlm_jax.model.attention import Part, Readable
+from srlm_jax.model.attention import ALL, CAUSAL, Siblings, alone
 from srlm_jax.model.cache import Cache, empty
 from srlm_jax.parallel.mesh import MeshShape, sample_mesh, train_mesh
-from srlm_jax.sampling import decode
+from srlm_jax.sampling import prefill
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
-CAUSAL = Readable(causal=True, segments_BT=None, valid_RS=None)
 
 
 def normal(seed, *shape):
@@ -27,14 +27,14 @@ def queries_and_keys(B, N, T, R, K, S, H):
     return normal(0, B, N, T, H), normal(1, R, K, S, H), normal(2, R, K, S, H)
 
 
-def valid(lengths, slots):
-    return Readable(causal=False, segments_BT=None, valid_RS=jnp.arange(slots)[None] < jnp.array(lengths)[:, None])
+def valid(lengths):
+    return dataclasses.replace(ALL, length_R=jnp.array(lengths))
 
 
 def packed(rows, length):
     """Segments of different lengths, padding behind them."""
     ids = [sorted(np.random.default_rng(row).integers(1, 4, length - 7).tolist()) + [0] * 7 for row in range(rows)]
-    return Readable(causal=True, segments_BT=jnp.array(ids), valid_RS=None)
+    return dataclasses.replace(CAUSAL, segments_BT=jnp.array(ids))
 
 
 def outputs_and_gradients(kernel, readable, q, k, v):
@@ -42,7 +42,7 @@ def outputs_and_gradients(kernel, readable, q, k, v):
     weights = normal(3, *q.shape)
 
     def total(q, k, v):
-        out = kernel(q, Part(k, v, readable), with_lse=False)[0]
+        out = kernel(q, alone(k, v, readable), with_lse=False)[0]
         return jnp.sum(out * weights), out
 
     (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
@@ -72,12 +72,12 @@ def tpu(interpreted, monkeypatch):
 
 
 def test_what_may_be_read_by_hand():
-    segments = Readable(causal=True, segments_BT=jnp.array([[1, 1, 2, 2]]), valid_RS=None)
+    segments = dataclasses.replace(CAUSAL, segments_BT=jnp.array([[1, 1, 2, 2]]))
     whole = segments.mask_RCTS(0, 4, 4).astype(int).tolist()
     assert whole == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
     assert segments.mask_RCTS(1, 2, 4).astype(int).tolist() == [[[[1, 1, 0, 0], [0, 0, 1, 0]]]]
     assert CAUSAL.mask_RCTS(0, 2, 3).astype(int).tolist() == [[[[1, 0, 0], [1, 1, 0]]]]
-    assert valid([2, 0], 3).mask_RCTS(0, 2, 3).astype(int).tolist() == [[[[1, 1, 0]]], [[[0, 0, 0]]]]
+    assert valid([2, 0]).mask_RCTS(0, 2, 3).astype(int).tolist() == [[[[1, 1, 0]]], [[[0, 0, 0]]]]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -110,23 +110,23 @@ def test_a_kernel_gives_what_plain_attention_gives_and_its_gradients(interpreted
 @pytest.mark.parametrize(("rows", "T", "S"), [(4, 130, 200), (2, 300, 128), (1, 128, 140)])
 def test_siblings_over_a_level_and_the_log_sum_exp_of_their_scores(interpreted, kernel, rows, T, S):
     q, k, v = queries_and_keys(4, 4, T, rows, 2, S, 16)
-    part = Part(k, v, valid([S, 3, 77, 128][:rows], S))
+    part = alone(k, v, valid([S, 3, 77, 128][:rows]))
     same(kernel(q, part, with_lse=True), attention.plain(q, part, with_lse=True))
 
 
 def test_the_log_sum_exp_of_a_causal_part(interpreted):
     q, k, v = queries_and_keys(2, 4, 200, 2, 2, 200, 16)
     for kernel in (attention.splash, attention.blocked):
-        found, wanted = (one(q, Part(k, v, CAUSAL), with_lse=True) for one in (kernel, attention.plain))
+        found, wanted = (one(q, alone(k, v, CAUSAL), with_lse=True) for one in (kernel, attention.plain))
         same(found, wanted)
 
 
 def test_a_row_of_nothing_has_no_weight_in_a_kernel_either(interpreted):
     q, k, v = queries_and_keys(2, 2, 128, 2, 1, 128, 16)
-    out, lse = attention.splash(q, Part(k, v, valid([0, 128], 128)), with_lse=True)
+    out, lse = attention.splash(q, alone(k, v, valid([0, 128])), with_lse=True)
     assert np.isfinite(out).all()
     assert (lse[0] == jnp.float32(ops.MASKED)).all() and (lse[1] > ops.MASKED).all()
-    other = attention.plain(q, Part(k, v, CAUSAL), with_lse=True)
+    other = attention.plain(q, alone(k, v, CAUSAL), with_lse=True)
     merged = ops.merge_attention([out, other[0]], [lse, other[1]])
     np.testing.assert_array_equal(merged[0], other[0][0])
 
@@ -134,16 +134,37 @@ def test_a_row_of_nothing_has_no_weight_in_a_kernel_either(interpreted):
 def levels(B, T):
     """A leaf, a level shared by pairs, and a prefix that all rows share."""
     q, k, v = queries_and_keys(B, 4, T, B, 2, T, 16)
-    shared = Part(normal(4, B // 2, 2, 150, 16), normal(5, B // 2, 2, 150, 16), valid([150, 20, 0, 77][: B // 2], 150))
-    prefix = Part(normal(6, 1, 2, 9, 16), normal(7, 1, 2, 9, 16), valid([9], 9))
-    return q, [Part(k, v, CAUSAL), shared, prefix]
+    shared = alone(normal(4, B // 2, 2, 150, 16), normal(5, B // 2, 2, 150, 16), valid([150, 20, 0, 77][: B // 2]))
+    prefix = alone(normal(6, 1, 2, 9, 16), normal(7, 1, 2, 9, 16), valid([9]))
+    return q, [alone(k, v, CAUSAL), shared, prefix]
 
 
 def test_levels_merge_as_they_do_in_plain_attention(tpu, monkeypatch):
     q, parts = levels(8, 140)
-    found = attention.attend(q, parts)
+    found = attention.attend(q, parts, [], None)
     monkeypatch.setattr(attention, "platform", lambda: "cpu")
-    same(found, attention.attend(q, parts))
+    same(found, attention.attend(q, parts, [], None))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_siblings_that_are_not_adjacent_read_what_adjacent_ones_do(groups):
+    """Six rows a group; of each of three prompts' two samples one may be nobody's."""
+    X, rng = 6, np.random.default_rng(0)
+    B = 6 * groups
+    q, k, v = queries_and_keys(B, 4, 1, 3 * groups, 2, 9, 16)
+    own, own_v = normal(8, B, 2, 5, 16), normal(9, B, 2, 5, 16)
+    place = np.stack([rng.permutation(X) for _ in range(groups)])
+    readers = np.argsort(place, axis=1)
+    readers[:, 4] = 6  # its row is idle
+    siblings = Siblings(jnp.array(readers), jnp.array(place.reshape(-1)))
+    lengths = [9, 3, 5] * groups
+    found = attention.attend(q, [alone(own, own_v, CAUSAL)], [alone(k, v, valid(lengths))], siblings)
+    for b in range(B):
+        if place[b // 6, b % 6] == 4:
+            continue
+        r = b // 6 * 3 + place[b // 6, b % 6] // 2
+        one = [alone(own[b][None], own_v[b][None], CAUSAL), alone(k[r][None], v[r][None], valid(lengths[r : r + 1]))]
+        same(found[b], attention.attend(q[b][None], one, [], None)[0])
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -159,12 +180,12 @@ def test_devices_share_rows_and_heads(tpu, monkeypatch, shape, rows):
     wanted = outputs_and_gradients(attention.plain, readable, *arrays)
 
     def seeing(q, part, *, with_lse):
-        seen.add((q.shape[:2], part.k_RKSH.shape[:2], part.readable.segments_BT.shape[0]))
+        seen.add((q.shape[:2], part.k_LRKSH.shape[1:3], part.readable.segments_BT.shape[0]))
         return splash(q, part, with_lse=with_lse)
 
     splash = attention.splash
     monkeypatch.setattr(attention, "splash", seeing)
-    attend = lambda q, part, with_lse: (attention.attend(q, [part]),)
+    attend = lambda q, part, with_lse: (attention.attend(q, [part], [], None),)
     with jax.set_mesh(mesh):
         same(jax.jit(lambda *arrays: outputs_and_gradients(attend, readable, *arrays))(*arrays), wanted)
     own = rows // (shape[0] * shape[1]) if rows == 8 else rows
@@ -177,38 +198,38 @@ def test_devices_share_levels(tpu, monkeypatch, shape, rows):
     mesh = sample_mesh(MeshShape(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
     q, parts = levels(rows, 130)
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda q, parts: attention.attend(q, parts))(q, parts)
+        found = jax.jit(lambda q, parts: attention.attend(q, parts, [], None))(q, parts)
     monkeypatch.setattr(attention, "platform", lambda: "cpu")
-    same(found, attention.attend(q, parts))
+    same(found, attention.attend(q, parts, [], None))
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("platform", "T", "S", "H", "dtype", "readable", "alone", "wanted"),
+    ("platform", "T", "S", "H", "dtype", "readable", "single", "wanted"),
     [
         ("tpu", 2048, 2048, 128, "bfloat16", CAUSAL, True, "splash"),
         ("tpu", 320, 320, 8, "float32", packed(1, 320), True, "splash"),
-        ("tpu", 256, 128, 64, "bfloat16", valid([128], 128), False, "splash"),
-        ("tpu", 256, 16, 64, "bfloat16", valid([16], 16), False, "plain"),
+        ("tpu", 256, 128, 64, "bfloat16", valid([128]), False, "splash"),
+        ("tpu", 256, 16, 64, "bfloat16", valid([16]), False, "plain"),
         ("tpu", 64, 64, 64, "bfloat16", CAUSAL, True, "plain"),
-        ("tpu", 1, 4096, 64, "bfloat16", valid([9], 4096), True, "plain"),
+        ("tpu", 1, 4096, 64, "bfloat16", valid([9]), True, "plain"),
         ("gpu", 2048, 2048, 128, "bfloat16", CAUSAL, True, "cudnn"),
         ("gpu", 100, 100, 64, "float16", CAUSAL, True, "cudnn"),
         ("gpu", 2048, 2048, 128, "bfloat16", packed(1, 2048), True, "triton"),
         ("gpu", 2048, 2048, 128, "bfloat16", CAUSAL, False, "blocked"),
         ("gpu", 2048, 2048, 256, "bfloat16", CAUSAL, True, "blocked"),
         ("gpu", 2048, 2048, 128, "float32", CAUSAL, True, "blocked"),
-        ("gpu", 1, 2048, 128, "bfloat16", valid([9], 2048), True, "plain"),
+        ("gpu", 1, 2048, 128, "bfloat16", valid([9]), True, "plain"),
         ("cpu", 2048, 2048, 128, "bfloat16", CAUSAL, True, "blocked"),
         ("cpu", 1024, 1024, 128, "float32", packed(1, 1024), True, "plain"),
-        ("cpu", 64, 4096, 128, "float32", valid([9], 4096), False, "plain"),
+        ("cpu", 64, 4096, 128, "float32", valid([9]), False, "plain"),
     ],
 )
-def test_the_kernel_of_a_platform(platform, T, S, H, dtype, readable, alone, wanted):
+def test_the_kernel_of_a_platform(platform, T, S, H, dtype, readable, single, wanted):
     q, k = jnp.zeros((1, 1, T, H), dtype), jnp.zeros((1, 1, S, H), dtype)
-    assert attention.kernel(platform, q, Part(k, k, readable), alone=alone).__name__ == wanted
+    assert attention.kernel(platform, q, alone(k, k, readable), single=single).__name__ == wanted
 
 
 def described(platform, **axes):
@@ -241,7 +262,7 @@ def test_a_gpu_is_given_its_kernels_forward_and_back(monkeypatch, readable, dtyp
     q, k, v = (jax.ShapeDtypeStruct((4, heads, 128, 64), dtype) for heads in (4, 2, 2))
 
     def total(q, k, v):
-        return attention.attend(q, [Part(k, v, readable)]).astype(jnp.float32).sum()
+        return attention.attend(q, [alone(k, v, readable)], [], None).astype(jnp.float32).sum()
 
     with jax.sharding.use_abstract_mesh(described("gpu", data=2, tensor=2)):
         traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, v)
@@ -276,14 +297,22 @@ def test_the_model_says_the_same_through_the_kernel(make_llama, monkeypatch, int
 
 
 def test_prefill_of_two_levels_through_the_kernel_and_decoding_is_the_forward_pass(tiny_llama, tpu):
-    """A prefix of 130 tokens and two rows of 140 and 133 more; then a token of each of their two samples."""
-    prefix, rows, last = tokens(130), tokens(2, 140), tokens(4, 1)
-    prefill = jax.jit(lambda *arguments: decode._prefill(tiny_llama, *arguments))
-    root = prefill((), prefix[None], jnp.array([130]), jnp.array([0]))
-    level = prefill((root,), rows, jnp.array([140, 133]), jnp.array([130, 130]))
+    """A prefix of 130 tokens, two rows of 140 and 133 more, read in chunks; then a token of each of their samples."""
+    prefix, rows, last = tokens(130), tokens(2, 256), tokens(4, 1)
+    root = prefill.prefill_prefix(tiny_llama, prefix[None], jnp.array([130]))
+    read = jax.jit(lambda *arguments: prefill.prefill(tiny_llama, *arguments, data=1, halvings=1))
+    level = read((root,), None, rows, jnp.array([140, 133]), jnp.array([130, 130]))
     leaf = empty(tiny_llama.config, 4, 4)
-    own = Readable(causal=False, segments_BT=None, valid_RS=jnp.arange(4)[None].repeat(4, axis=0) == 2)
-    cache = Cache((root, level), leaf, leaf, jnp.int32(2), own)
+    cache = Cache(
+        parents=(root, level),
+        shared=(),
+        siblings=None,
+        k_LBKSH=leaf,
+        v_LBKSH=leaf,
+        slot=jnp.int32(2),
+        readable=dataclasses.replace(ALL, length_R=jnp.ones(4, int), start_R=jnp.full(4, 2)),
+        among_themselves=False,
+    )
     positions = jnp.array([270, 270, 263, 263])[:, None]
     found, _ = tiny_llama(last, positions, segments_BT=None, cache=cache, dropout=None)
     for b in range(4):

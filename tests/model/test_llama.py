@@ -10,17 +10,16 @@ import pytest
 
 from srlm_jax.data.batches import PairBatch, Row, token_batch
 from srlm_jax.model import llama, ops
-from srlm_jax.model.attention import Readable
+from srlm_jax.model.attention import ALL
 from srlm_jax.model.cache import Cache, Level, empty
 from srlm_jax.train import objectives
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-CAUSAL = Readable(causal=True, segments_BT=None, valid_RS=None)
 
 
-def held(valid_S, rows):
+def held(start, length, rows):
     """The same slots of every row may be read."""
-    return Readable(causal=False, segments_BT=None, valid_RS=jnp.broadcast_to(valid_S, (rows, valid_S.size)))
+    return dataclasses.replace(ALL, length_R=jnp.full(rows, length), start_R=jnp.full(rows, start))
 
 
 def tokens(*shape):
@@ -39,7 +38,16 @@ def forward(model, tokens_BT, *, positions_BT=None, segments_BT=None, dropout=No
 @jax.jit
 def step(model, tokens_BT, positions_BT, parents, leaf, slot, readable):
     """One cached pass: hidden states, and the leaf's keys and values."""
-    cache = Cache(parents=parents, k_LBKSH=leaf[0], v_LBKSH=leaf[1], slot=slot, readable=readable)
+    cache = Cache(
+        parents=parents,
+        shared=(),
+        siblings=None,
+        k_LBKSH=leaf[0],
+        v_LBKSH=leaf[1],
+        slot=slot,
+        readable=readable,
+        among_themselves=tokens_BT.shape[1] > 1,
+    )
     hidden, cache = model(tokens_BT, positions_BT, segments_BT=None, cache=cache, dropout=None)
     return hidden, (cache.k_LBKSH, cache.v_LBKSH)
 
@@ -47,11 +55,10 @@ def step(model, tokens_BT, positions_BT, parents, leaf, slot, readable):
 def prefill(model, tokens_RT, lengths, start, parents):
     """A finished level of rows of different lengths, filled up with tokens that nobody may read."""
     R, T = tokens_RT.shape
-    valid = jnp.arange(T)[None] < jnp.array(lengths)[:, None]
     positions = jnp.array(start)[:, None] + jnp.arange(T)[None]
     leaf = (empty(model.config, R, T),) * 2
-    hidden, (k, v) = step(model, tokens_RT, positions, parents, leaf, 0, CAUSAL)
-    return hidden, Level(k, v, valid)
+    hidden, (k, v) = step(model, tokens_RT, positions, parents, leaf, 0, None)
+    return hidden, Level(k, v, jnp.array(lengths))
 
 
 def test_a_token_is_predicted_from_the_tokens_up_to_it_and_from_all_of_them(tiny_llama):
@@ -100,13 +107,22 @@ def test_one_level_prefill_and_decode_is_the_forward_pass(tiny_llama):
     wanted = forward(tiny_llama, row)
     leaf = (empty(tiny_llama.config, 2, 12),) * 2
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    hidden, leaf = step(tiny_llama, row[:, :5], positions, (), leaf, 0, CAUSAL)
+    hidden, leaf = step(tiny_llama, row[:, :5], positions, (), leaf, 0, None)
     np.testing.assert_allclose(hidden, wanted[:, :5], **CLOSE)
     for t in range(5, 9):
-        hidden, leaf = step(
-            tiny_llama, row[:, t : t + 1], jnp.full((2, 1), t), (), leaf, t, held(jnp.arange(12) <= t, 2)
-        )
+        hidden, leaf = step(tiny_llama, row[:, t : t + 1], jnp.full((2, 1), t), (), leaf, t, held(0, t + 1, 2))
         np.testing.assert_allclose(hidden[:, 0], wanted[:, t], **CLOSE)
+
+
+def test_several_tokens_at_a_time_are_the_forward_pass(tiny_llama):
+    """Chunks of 3 of a row of 9: each reads the slots of those before it, and itself."""
+    row = tokens(2, 9)
+    wanted, leaf = forward(tiny_llama, row), (empty(tiny_llama.config, 2, 9),) * 2
+    for first in (0, 3, 6):
+        positions = jnp.broadcast_to(first + jnp.arange(3), (2, 3))
+        part = row[:, first : first + 3]
+        hidden, leaf = step(tiny_llama, part, positions, (), leaf, first, held(0, first, 2))
+        np.testing.assert_allclose(hidden, wanted[:, first : first + 3], **CLOSE)
 
 
 def test_a_tree_of_levels_with_ragged_rows_and_a_ring_is_the_forward_pass(tiny_llama):
@@ -135,9 +151,8 @@ def test_a_tree_of_levels_with_ragged_rows_and_a_ring_is_the_forward_pass(tiny_l
     found = []
     for t in range(4):
         slot = (2 + t) % 4
-        age = (slot - jnp.arange(4)) % 4
         last = jnp.array([row[t] for row in samples])[:, None]
-        hidden, leaf = step(tiny_llama, last, (position_B + t)[:, None], parents, leaf, slot, held(age <= t, 8))
+        hidden, leaf = step(tiny_llama, last, (position_B + t)[:, None], parents, leaf, slot, held(2, t + 1, 8))
         found.append(hidden[:, 0])
 
     for b, sample in enumerate(samples):

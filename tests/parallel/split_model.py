@@ -24,7 +24,11 @@ def draw(model, mesh):
     """[[tokens of each sample of each prompt, by group], greedy and then random]"""
     rng = np.random.default_rng(1)
     groups = [
-        Group(address=(i, 0), prompts=tuple((1, 2, 3, 4, 5, *rng.integers(1, 40, 3 + p).tolist()) for p in range(2)))
+        Group(
+            address=(i, 0),
+            prompts=tuple((1, 2, 3, 4, 5, *rng.integers(1, 40, 3 + p).tolist()) for p in range(2)),
+            limits=None,
+        )
         for i in range(3)
     ]
     greedy = Draw(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=8, stops=((0,),))

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
+from srlm_jax.parallel import mesh
 from srlm_jax.parallel.mesh import MeshShape, arrange, resolve, sample_mesh, train_mesh
 
 
@@ -99,3 +101,26 @@ def test_fsdp_may_reach_over_nodes_of_gpus_and_tensor_stays_within_one(platform)
     nodes = sorted(chips(2, platform), key=lambda chip: chip.id)
     devices = arrange(MeshShape(data=1, fsdp=-1, tensor=8), nodes if platform == "cpu" else nodes[::-1])
     assert slices_of(devices).tolist() == [[[0] * 8, [1] * 8]]
+
+
+# --- compiled programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "folder", "kept"),
+    [
+        (None, "~/programs", "/home/somebody/programs"),
+        (None, "gs://bucket/programs", "gs://bucket/programs"),
+        (None, None, None),
+        ("/chosen/before", "~/programs", "/chosen/before"),
+    ],
+)
+def test_where_compiled_programs_are_kept(monkeypatch, chosen, folder, kept):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", chosen)
+        mesh.keep_programs(folder)
+        assert jax.config.jax_compilation_cache_dir == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

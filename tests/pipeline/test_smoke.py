@@ -297,6 +297,23 @@ def test_the_first_config_stops_at_the_first_model(copy, run):
     assert not (copy / "m2").exists()
 
 
+# --- compiled programs ------------------------------------------------------------------------------------------------
+
+
+def test_a_round_compiles_twelve_programs_at_most_and_the_next_one_none(copy, environment):
+    """Of those that read a model's weights; the last file of judgements has fewer groups, and takes two of its own."""
+    script = ROOT / "tests" / "pipeline" / "counted_programs.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(copy)],
+        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rounds = json.loads(done.stdout.splitlines()[-1])
+    assert {"admit", "decode", "response_logprobs", "train_step"} <= {*rounds["m2"]}
+    assert len(rounds["m2"]) <= 12
+    assert rounds["m3"] == []
+
+
 # --- what a user can put right ----------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.lora import LoraConfig
 from srlm_jax.plan import formulas
 from srlm_jax.plan.formulas import Split
+from srlm_jax.sampling.decode import Shape
 from srlm_jax.train import losses
 
 # One layer, so that the loop over layers is none, and wide enough that the products outweigh everything else.
@@ -100,7 +101,8 @@ def test_layers_count_as_often_as_they_run():
 def test_decoding_reads_each_level_once_for_those_that_share_it():
     """4 groups of 2 prompts of 3 samples on one chip: 4 x 16 + 8 x 32 + 24 x 64 slots, and the weights, each step."""
     alone = Split(rows=1, weights=1, tensor=1)
-    cost = formulas.decode_cost(WIDE, alone, 4, 2, 3, (16, 32, 64), steps=5)
+    room = Shape(data=1, groups=4, prompts=2, samples=3, rows=24, slots=(16, 32, 64), stop_length=1)
+    cost = formulas.decode_cost(WIDE, alone, room, steps=5)
     slots = 4 * 16 + 8 * 32 + 24 * 64
     assert cost.memory_bytes == 5 * (4 * WIDE.parameters + slots * 2 * 1 * 4 * 32 * 4)
     assert cost.link_bytes == 0

@@ -1,4 +1,6 @@
-"""The nucleus against its definition by sorting, and the draw against exact probabilities."""
+"""Membership in the nucleus against its definition by sorting, and the draw against exact probabilities."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,13 @@ from scipy import stats
 from srlm_jax.sampling import filters
 
 draw = jax.jit(filters.draw, static_argnames=("temperature", "top_p"))
-nucleus = jax.jit(filters.nucleus, static_argnames="top_p")
+
+
+@functools.partial(jax.jit, static_argnames="top_p")
+def nucleus(probs_BV, top_p):
+    """Every token asked for by itself; the probabilities of those that are in it, 0 for the others."""
+    ask = lambda token: filters.in_nucleus(probs_BV, jnp.full(probs_BV.shape[0], token), top_p)
+    return jnp.where(jax.lax.map(ask, jnp.arange(probs_BV.shape[1])).T, probs_BV, 0)
 
 
 def keys(n):
@@ -101,6 +109,19 @@ def test_that_chi_square_test_notices_a_slightly_wrong_temperature():
     counts, expected = frequencies(0.75, 0.9), DRAWS * probabilities(0.7, 0.9)
     likely = expected > 5
     assert ((counts - expected)[likely] ** 2 / expected[likely]).sum() > stats.chi2.isf(1e-6, likely.sum() - 1)
+
+
+@pytest.mark.parametrize("V", [1, 7, 96, 320])
+def test_every_token_of_a_vocabulary_of_any_size_is_drawn(V):
+    """Alike probable, a token fails to come in 40 V draws once in e^40."""
+    n = 40 * V
+    drawn = draw(jnp.zeros((n, V)), keys(n), temperature=1.0, top_p=1.0)
+    assert set(drawn.tolist()) == set(range(V))
+
+
+def test_logits_that_are_not_finite_end_the_draw_and_harm_no_other_row():
+    logits = jnp.array([[0.0, jnp.nan, 1.0], [jnp.inf, 0.0, 1.0], [-jnp.inf, 9.0, -jnp.inf]])
+    assert draw(logits, keys(3), temperature=0.7, top_p=0.9).tolist() == [0, 0, 1]
 
 
 def test_a_row_s_token_depends_on_its_logits_and_key_alone():

@@ -1,0 +1,136 @@
+"""Reading prompts into levels of the cache: rows of all lengths through one program, and little to fill them up.
+
+Axes: R rows, T tokens, D groups of devices with R / D rows of their own, X = R / D places for them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from srlm_jax.model import cache as kv
+from srlm_jax.model.attention import ALL, Siblings
+from srlm_jax.model.cache import Cache, Level
+from srlm_jax.model.llama import Llama
+
+# Tokens of a row that are read at once. Where rows may be longer they are read piece by piece, for as long as one goes
+# on, so that a row is filled up by less than this and not to the longest that there may be.
+CHUNK = 128
+# How often the rows that go on are halved: once fewer than half of them have tokens left, only that half is read.
+HALVINGS = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Below:
+    """A level whose rows are not read side by side: row b of a group of devices stands at `place_DX[b]` of the X places
+    of its group, of which each row of the level is read from as many."""
+
+    level: Level
+    place_DX: Int[Array, "D X"]
+
+    def siblings(self, rows: int) -> Siblings:
+        """Where the first `rows` rows of each group stand."""
+        place_DB = self.place_DX[:, :rows]
+        D, X = self.place_DX.shape
+        stand = lambda place_B: jnp.full(X, rows, jnp.int32).at[place_B].set(jnp.arange(rows))
+        return Siblings(jax.vmap(stand)(place_DB), place_DB.reshape(D * rows))
+
+
+def prefill(
+    model: Llama,
+    parents: tuple[Level, ...],
+    below: Below | None,
+    tokens_RT: Int[Array, "R T"],
+    lengths_R: Int[Array, "R"],
+    start_R: Int[Array, "R"],
+    *,
+    data: int,
+    halvings: int,
+) -> Level:
+    """The level of rows of tokens.
+
+    Args:
+      parents: what all rows come after, each level read as in `model.cache.Cache`.
+      below: besides, a level that rows of it descend from in any order; None: there is none.
+      tokens_RT: filled up on the right; longer than CHUNK a multiple of it.
+      lengths_R: how many tokens each row has. With `halvings`, those of each of the `data` groups in falling order.
+      start_R: the place of a row's first token in its document.
+      halvings: how often half of the rows is left out, once it has ended.
+    """
+    R, T = tokens_RT.shape
+    own = R // data
+
+    def leading(x: Array, rows: int, axis: int) -> Array:
+        """The first `rows` rows of each group."""
+        groups = x.reshape(*x.shape[:axis], data, own, *x.shape[axis + 1 :])
+        first = jax.lax.slice_in_dim(groups, 0, rows, axis=axis + 1)
+        return first.reshape(*x.shape[:axis], data * rows, *x.shape[axis + 1 :])
+
+    def back(x: Array, first: Array, rows: int) -> Array:
+        """A stack of layers, with other first rows."""
+        groups = x.reshape(x.shape[0], data, own, *x.shape[2:])
+        return groups.at[:, :, :rows].set(first.reshape(x.shape[0], data, rows, *x.shape[2:])).reshape(x.shape)
+
+    def read(at: Int[Array, ""], leaf: tuple[Array, Array], rows: int, length: int) -> tuple[Array, Array]:
+        tokens = jax.lax.dynamic_slice_in_dim(leading(tokens_RT, rows, 0), at, length, axis=1)
+        cache = Cache(
+            parents=parents,
+            shared=() if below is None else (below.level,),
+            siblings=None if below is None else below.siblings(rows),
+            k_LBKSH=leaf[0],
+            v_LBKSH=leaf[1],
+            slot=at,
+            # What fills a row up lies to the right of its tokens, so that none of them reads it.
+            readable=None if length == T else dataclasses.replace(ALL, length_R=jnp.full(data * rows, at)),
+            among_themselves=True,
+        )
+        positions = leading(start_R, rows, 0)[:, None] + at + jnp.arange(length)[None]
+        _, cache = model(tokens, positions, segments_BT=None, cache=cache, dropout=None)
+        return cache.k_LBKSH, cache.v_LBKSH
+
+    at, leaf = jnp.int32(0), (kv.empty(model.config, R, T), kv.empty(model.config, R, T))
+    if T <= CHUNK:
+        return Level(*read(at, leaf, own, T), lengths_R)
+    for rows, fewer in _widths(own, halvings):
+        until = jnp.max(lengths_R.reshape(data, own)[:, fewer] if fewer else lengths_R)
+        part = leaf if rows == own else tuple(leading(x, rows, 1) for x in leaf)
+        goes_on = lambda carry, until=until: carry[0] < until
+        step = lambda carry, rows=rows: (carry[0] + CHUNK, read(*carry, rows, CHUNK))
+        at, part = jax.lax.while_loop(goes_on, step, (at, part))
+        leaf = part if rows == own else tuple(back(x, first, rows) for x, first in zip(leaf, part, strict=True))
+    return Level(*leaf, lengths_R)
+
+
+def _widths(rows: int, halvings: int) -> list[tuple[int, int]]:
+    """(rows that are read, rows that are left when that ends): of 8, (8, 4), (4, 2) and (2, 0)."""
+    widths = sorted({max(1, rows >> times) for times in range(halvings + 1)}, reverse=True)
+    return list(zip(widths, [*widths[1:], 0], strict=True))
+
+
+def positions_read(lengths_DX: np.ndarray, slots: int, halvings: int) -> int:
+    """How many positions `prefill` computes for rows of these lengths, those that fill up rows among them."""
+    D, X = lengths_DX.shape
+    if slots <= CHUNK:
+        return D * X * slots
+    longest_X = np.sort(lengths_DX, axis=1)[:, ::-1].max(axis=0)
+    at = found = 0
+    for rows, fewer in _widths(X, halvings):
+        chunks = max(0, -(-(int(longest_X[fewer]) - at) // CHUNK))
+        at, found = at + chunks * CHUNK, found + D * rows * chunks * CHUNK
+    return found
+
+
+@jax.jit
+def prefill_prefix(model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"]) -> Level:
+    """The level of the tokens that all prompts begin with, filled up behind."""
+    T = tokens_1T.shape[1]
+    empty = kv.empty(model.config, 1, T)
+    cache = Cache(
+        parents=(), shared=(), siblings=None, k_LBKSH=empty, v_LBKSH=empty, slot=jnp.int32(0), readable=None,
+        among_themselves=True,
+    )  # fmt: skip
+    _, cache = model(tokens_1T, jnp.arange(T)[None], segments_BT=None, cache=cache, dropout=None)
+    return Level(cache.k_LBKSH, cache.v_LBKSH, length_1)
