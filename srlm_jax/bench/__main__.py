@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from srlm_jax.bench import ceilings, commands, load, peer_process, report
 from srlm_jax.bench.commands import MEASURES, VS
 from srlm_jax.bench.setting import Setting
-from srlm_jax.bench.workload import ACCELERATOR, CPU, FEWER_PROMPTS, SHAPES, Workload
+from srlm_jax.bench.workload import SHAPES, Workload, default
 from srlm_jax.storage import jsonl
 
 # What a user can put right: told in one line, without a traceback.
@@ -138,9 +138,6 @@ def _share_memory(peer: str | None) -> None:
 
 def _setting(command: str, peer: str | None) -> Setting:
     cpu = jax.default_backend() == "cpu"
-    workload = CPU if cpu else ACCELERATOR
-    if command in FEWER_PROMPTS:
-        workload = dataclasses.replace(workload, prompts=max(1, workload.prompts // FEWER_PROMPTS[command]))
     given = {name: flag.value for name, flag in _SIZES.items() if flag.value is not None}
     shape = _SHAPE.value or "110m"
     return Setting(
@@ -148,7 +145,7 @@ def _setting(command: str, peer: str | None) -> Setting:
         shape=shape,
         config=SHAPES[shape](),
         dtypes=_dtypes(("float32",) if cpu else ("bfloat16",), ("float32", "bfloat16"), most=2),
-        workload=dataclasses.replace(workload, **given),
+        workload=dataclasses.replace(default(command, cpu=cpu), **given),
         repeat=_REPEAT.value or 3,
         peer=peer,
         peer_python=_PEER_PYTHON.value,

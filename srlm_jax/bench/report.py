@@ -73,7 +73,14 @@ def table(found: Mapping[str, object]) -> str:
             )
     count, unit = found["units"]
     for side in found["summary"]:
-        lines.append(f"{side['name']}, {side['dtype']}: {side['seconds'] / count:.3f} s per {unit}")
+        label = f"{side['name']}, {side['dtype']}"
+        lines.append(f"{label}: {side['seconds'] / count:.3f} s per {unit}")
+        if "row_steps" in side:
+            read, padding, whole = (side[f"{name}_tokens"] for name in ("prefilled", "padded", "prompt"))
+            lines.append(
+                f"{label}: {read:,.0f} tokens read, {padding:,.0f} of padding, where single rows have {whole:,.0f}; "
+                f"{side['sampled_tokens'] / side['row_steps']:.0%} of rows in use"
+            )
     if found["device_peak_bytes"] is not None:
         lines.append(f"memory of the device, at most so far: {found['device_peak_bytes'] / 1e9:,.1f} GB")
     for part, ratio in found["ratio"].items():

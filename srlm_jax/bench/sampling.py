@@ -137,22 +137,12 @@ def sample(
         work=work,
     )
     found = {"seconds": time.perf_counter() - start, "peak_bytes": sides.peak_memory(), **dataclasses.asdict(work)}
-    cut = [
-        tuple(
-            tuple(dataclasses.replace(one, ids=one.ids[:limit]) for one, limit in zip(of_prompt, limits, strict=True))
-            for of_prompt, limits in zip(group, limits_of_group, strict=True)
-        )
-        for group, limits_of_group in zip(samples, tree.limits, strict=True)
-    ]
-    return cut, found
+    return samples, found
 
 
 def _groups(tree: Tree) -> list[engine.Group]:
-    """The tree as the engine takes it. An engine that knows no limits of single rows writes all of them to the longest;
-    what is too much of a row is cut off and does not count, though it takes its time."""
-    limited = "limits" in {field.name for field in dataclasses.fields(engine.Group)}
     return [
-        engine.Group(address=(0, i), prompts=prompts, **({"limits": limits} if limited else {}))
+        engine.Group(address=(0, i), prompts=prompts, limits=limits)
         for i, (prompts, limits) in enumerate(zip(tree.prompts, tree.limits, strict=True))
     ]
 

@@ -63,15 +63,21 @@ class Workload:
 # What stands around an instruction and an answer is the paper's judge prompt in Llama 2's tokens. On an accelerator the
 # lengths are the paper's too; on a CPU answers and judgements are shorter, so that a measurement takes minutes.
 CPU = Workload(
-    prompts=8, samples=4, votes=3, instruction=64, response_mean=64, judgement_mean=32, before=272, behind=97,
-    rows=64, steps=8, batch=4, updates=2, seed=0,
+    prompts=16, samples=4, votes=3, instruction=64, response_mean=64, judgement_mean=32, before=272, behind=97,
+    rows=32, steps=8, batch=4, updates=2, seed=0,
 )  # fmt: skip
 ACCELERATOR = dataclasses.replace(
-    CPU, prompts=32, instruction=80, response_mean=400, judgement_mean=150, steps=16, batch=16, updates=4
+    CPU, prompts=32, instruction=80, response_mean=400, judgement_mean=150, rows=64, steps=16, batch=16, updates=4
 )
 
-# A judgement is twelve rows of an instruction's, so there are fewer instructions.
-FEWER_PROMPTS = {"judge": 2, "iteration": 2}
+
+def default(command: str, *, cpu: bool) -> Workload:
+    """What a command measures unless told otherwise. An instruction is twelve judgements, so `judge` and `iteration`
+    have fewer instructions."""
+    w = CPU if cpu else ACCELERATOR
+    if command not in ("judge", "prefill", "iteration"):
+        return w
+    return dataclasses.replace(w, prompts=w.prompts // (4 if cpu else 2))
 
 
 @dataclasses.dataclass(frozen=True)
