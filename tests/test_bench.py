@@ -13,9 +13,11 @@ import pytest
 from etils import epath
 
 from srlm_jax.bench import load, load_once
+from srlm_jax.bench.workload import SHAPES
 from srlm_jax.model import sources
 
 ROOT = Path(__file__).parents[1]
+KNOWN = "load, decode, prefill, judge, sft, dpo, iteration, all, peers"
 FIELDS = {field.name for field in dataclasses.fields(load.Load)}
 
 
@@ -30,7 +32,7 @@ def half(tiny_config):
 
 
 def test_the_shape_of_a_billion_parameters():
-    assert load.SHAPES["1b"].parameters == 1_100_048_384
+    assert SHAPES["1b"]().parameters == 1_100_048_384
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def test_a_checksum_is_of_names_and_numbers_in_any_order():
 
 @pytest.mark.parity
 def test_transformers_loads_the_same_numbers():
-    found = measure(load.SHAPES["tiny"], peer="transformers")  # another checksum than the files' would raise
+    found = measure(SHAPES["tiny"](), peer="transformers")  # another checksum than the files' would raise
     names = ["transformers", "transformers, copied"]
     assert list(found["loads"]) == ["ours", *names] and list(found["ratio"]) == names
     assert all(len(loads) == 1 and loads[0].seconds > 0 for loads in found["loads"].values())
@@ -155,11 +157,16 @@ def test_the_command_prints_a_table_and_writes_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "error: say what to measure: load, as in: python -m srlm_jax.bench load\n"),
-        (("dance",), "error: say what to measure: load, not 'dance'\n"),
+        ((), f"error: say what to measure: {KNOWN}, as in: python -m srlm_jax.bench load\n"),
+        (("dance",), f"error: say what to measure: {KNOWN}, not 'dance'\n"),
         (("load", "--folder=tests"), "error: tests holds no model: none of manifest.json, config.json, params.json"),
+        (("load", "--dtype=int8"), "error: --dtype=int8: give float32 or bfloat16 or float16\n"),
+        (("judge", "--vs=tunix"), "error: --vs=tunix: judge is compared with transformers\n"),
+        (("dpo", "--vs=trl", "--peer_python=/no"), "error: --peer_python=/no is not there: make it by python -m"),
+        (("decode", "--growth=1,x"), "error: --growth=1,x: give whole numbers from 1, as in 1,2,4,10\n"),
+        (("peers",), "error: say which: --make=transformers,trl,tunix\n"),
     ],
-    ids=["nothing", "unknown", "no model"],
+    ids=["nothing", "unknown", "no model", "no type", "no such comparison", "no peer", "no number", "no name"],
 )
 def test_an_error_is_one_line(arguments, error):
     done = command(*arguments)

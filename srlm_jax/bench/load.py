@@ -28,10 +28,8 @@ from tqdm import tqdm
 
 from srlm_jax.bench import load_once
 from srlm_jax.model import config_files, llama, sources, weights
-from srlm_jax.model.config import PRESETS, LlamaConfig
+from srlm_jax.model.config import LlamaConfig
 from srlm_jax.storage import jsonl
-
-SHAPES = {"1b": PRESETS["tinyllama_1b"](), "tiny": PRESETS["tiny"]()}
 
 # Of what is compared with: the packages that it needs, and its loaders. transformers leaves weights where the file is
 # mapped if it can; copied, they are in memory of its own, as ours are.
@@ -84,7 +82,7 @@ def measure(
     summaries = {name: summary(done) for name, done in loads.items()}
     return {
         "command": "load",
-        "device": f"CPU, {_processor()}, {os.cpu_count()} cores",
+        "device": cpu(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", *packages)},
         "shape": {letter: getattr(config, letter) for letter in _LETTERS},
         "parameters": config.parameters,
@@ -214,6 +212,8 @@ def ratio(theirs: Mapping[str, float], ours: Mapping[str, float]) -> dict[str, f
     return {name: theirs[name] / ours[name] for name in ours}
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def cpu() -> str:
+    """This machine's processor, by name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"CPU, {next(named, platform.machine())}, {os.cpu_count()} cores"
