@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from srlm_jax.model import decode_attention, ops
+from srlm_jax.model import decode_attention, decode_triton, ops
 from srlm_jax.model.int8 import Slots
 from srlm_jax.parallel import rules
 
@@ -199,13 +199,15 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
     log-sum-exp of the scores (float32), by which parts are merged. `single`: it is the only part, and nobody asks.
     """
     (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[3]
+    half = q_BNTH.dtype in (jnp.bfloat16, jnp.float16)
     if T == 1:
-        whole = H % LANES == 0 and decode_attention.block_of(part.k_LRKSH) is not None
-        return decoding if platform == "tpu" and whole else plain
+        if platform == "tpu" and H % LANES == 0 and decode_attention.block_of(part.k_LRKSH) is not None:
+            return decoding
+        fits = H >= 16 and H & (H - 1) == 0 and decode_triton.block_size(S) is not None
+        return decoding_gpu if platform == "gpu" and half and fits else plain
     if platform == "tpu" and min(T, S) >= LANES:
         return splash
     # jax gives cuDNN's log-sum-exp in the output's 16 bits, too few to merge parts by.
-    half = q_BNTH.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and single and H % 8 == 0 and H <= 128 and T == S and part.readable.length_R is None:
         return cudnn if part.readable.segments_BT is None else triton
     return blocked if S > PLAIN_KEYS and T > QUERY_BLOCK else plain
@@ -239,14 +241,23 @@ def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array
 
 
 def decoding(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
-    """The kernel of `decode_attention`, for one new token a row."""
+    """A TPU's kernel for one new token a row."""
+    return _decoding(q_BNTH, part, decode_attention.flash_decode)
+
+
+def decoding_gpu(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
+    """A GPU's kernel for one new token a row."""
+    return _decoding(q_BNTH, part, decode_triton.flash_decode)
+
+
+def _decoding(q_BNTH: jax.Array, part: Part, flash_decode: Callable) -> tuple[jax.Array, jax.Array]:
     B, N, _, H = q_BNTH.shape
     _, R, K, S, _ = part.k_LRKSH.shape
     C, readable = B // R, part.readable
     # Siblings are so many more query heads of a key-value head.
     q_RKQH = q_BNTH.reshape(R, C, K, N // K, H).swapaxes(1, 2).reshape(R, K, C * N // K, H)
     zeros_R = jnp.zeros(R, jnp.int32)
-    out, lse = decode_attention.flash_decode(
+    out, lse = flash_decode(
         q_RKQH * H**-0.5,
         part.k_LRKSH,
         part.v_LRKSH,

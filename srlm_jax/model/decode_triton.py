@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from srlm_jax.model.decode_attention import blocks_read
+from srlm_jax.model.int8 import Slots
 from srlm_jax.model.ops import MASKED
 
 # Queries that a program holds at once: what a GPU's matrix units take at least, and what its registers hold.
@@ -30,15 +31,15 @@ def block_size(slots: int) -> int | None:
 
 def flash_decode(
     q_RKQH: Float[Array, "R K Q H"],
-    k_LRKSH: Float[Array, "L R K S H"],
-    v_LRKSH: Float[Array, "L R K S H"],
+    k_LRKSH: Float[Array, "L R K S H"] | Slots,
+    v_LRKSH: Float[Array, "L R K S H"] | Slots,
     layer: Int[Array, ""],
     start_R: Int[Array, "R"],
     length_R: Int[Array, "R"],
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R K Q H"], Float[Array, "R K Q"]]:
-    """As `decode_attention.flash_decode`. H is a power of two."""
+    """As `decode_attention.flash_decode`; H is a power of two, 16 at least."""
     R, K, Q, H = q_RKQH.shape
     S = k_LRKSH.shape[3]
     block = block_size(S)
@@ -47,15 +48,14 @@ def flash_decode(
     q = jnp.pad(q_RKQH, ((0, 0), (0, 0), (0, pieces * queries - Q), (0, 0)))
     shares = max(1, min(_PROGRAMS // (R * K * pieces), S // (2 * block)))
     whole = lambda x: pl.BlockSpec(x.shape, lambda r, h, piece, share: (0,) * x.ndim)
-    scalars = (layer.reshape(1), start_R, length_R)
+    scalars, stacks = (layer.reshape(1), start_R, length_R), jax.tree.leaves((k_LRKSH, v_LRKSH))
     sums, tops, totals = pl.pallas_call(
         functools.partial(_kernel, block=block, shares=shares),
         grid=(R, K, pieces, shares),
         in_specs=[
             *map(whole, scalars),
             pl.BlockSpec((None, None, queries, H), lambda r, h, piece, share: (r, h, piece, 0)),
-            whole(k_LRKSH),
-            whole(v_LRKSH),
+            *map(whole, stacks),
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, queries, H), lambda r, h, piece, share: (share, r, h, piece, 0)),
@@ -70,39 +70,50 @@ def flash_decode(
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="flash_decode",
-    )(*scalars, q, k_LRKSH, v_LRKSH)
+    )(*scalars, q, *stacks)
     # sum = sum of exp(score - top) v, total = sum of exp(score - top), for each share of the keys.
-    top = jnp.max(tops, axis=0)
+    top = jnp.max(tops, axis=0, keepdims=True)
     scale = jnp.exp(tops - top)
     total = jnp.sum(totals * scale, axis=0)
-    out = jnp.sum(sums * scale[..., None], axis=0) / jnp.where(total == 0, 1, total)[..., None]
-    lse = jnp.where(total == 0, MASKED, top + jnp.log(jnp.where(total == 0, 1, total)))
+    divisor = jnp.where(total == 0, 1, total)
+    out = jnp.sum(sums * scale[..., None], axis=0) / divisor[..., None]
+    lse = jnp.where(total == 0, MASKED, top[0] + jnp.log(divisor))
     return out[:, :, :Q].astype(q_RKQH.dtype), lse[:, :, :Q]
 
 
-def _kernel(layer_ref, start_ref, length_ref, q_ref, k_ref, v_ref, sum_ref, top_ref, total_ref, *, block, shares):
+def _kernel(layer_ref, start_ref, length_ref, q_ref, *refs, block, shares):
+    *stacks, sum_ref, top_ref, total_ref = refs
     r, h, share = pl.program_id(0), pl.program_id(1), pl.program_id(3)
     layer, start, length = layer_ref[0], start_ref[r], length_ref[r]
-    slots = k_ref.shape[3]
+    slots = stacks[0].shape[3]
     blocks = blocks_read(start, length, slots, block)
     each = (blocks + shares - 1) // shares
     q_QH = q_ref[...]
     Q, H = q_QH.shape
 
+    def read(refs, first):
+        """A block's numbers and, of what is rounded, the scale of each slot."""
+        here = pl.ds(first, block)
+        numbers_SH = pltriton.load(refs[0].at[layer, r, h, here, :]).astype(q_QH.dtype)
+        return numbers_SH, pltriton.load(refs[1].at[layer, r, h, jnp.int32(0), here]) if len(refs) > 1 else None
+
     def one(i, carry):
         sum_QH, top_Q, total_Q = carry
         first = (start // block + i) % (slots // block) * block
-        k_SH = pltriton.load(k_ref.at[layer, r, h, pl.ds(first, block), :])
-        v_SH = pltriton.load(v_ref.at[layer, r, h, pl.ds(first, block), :])
+        half = len(stacks) // 2
+        (k_SH, k_scale_S), (v_SH, v_scale_S) = read(stacks[:half], first), read(stacks[half:], first)
         age_S = first + jnp.arange(block) - start
         age_S = jnp.where(age_S < 0, age_S + slots, age_S)
         held_S = (age_S < length)[None]
-        scores_QS = jnp.where(held_S, pl.dot(q_QH, k_SH, trans_b=True), MASKED)
+        scores_QS = pltriton.dot(q_QH, k_SH, trans_b=True)
+        scores_QS = scores_QS if k_scale_S is None else scores_QS * k_scale_S[None]
+        scores_QS = jnp.where(held_S, scores_QS, MASKED)
         new_Q = jnp.maximum(top_Q, jnp.max(scores_QS, axis=1))
         weights_QS = jnp.where(held_S, jnp.exp(scores_QS - new_Q[:, None]), 0.0)
         shrunk_Q = jnp.exp(top_Q - new_Q)
-        sum_QH = sum_QH * shrunk_Q[:, None] + pl.dot(weights_QS.astype(v_SH.dtype), v_SH)
-        return sum_QH, new_Q, total_Q * shrunk_Q + jnp.sum(weights_QS, axis=1)
+        total_Q = total_Q * shrunk_Q + jnp.sum(weights_QS, axis=1)
+        weights_QS = weights_QS if v_scale_S is None else weights_QS * v_scale_S[None]
+        return sum_QH * shrunk_Q[:, None] + pltriton.dot(weights_QS.astype(v_SH.dtype), v_SH), new_Q, total_Q
 
     begin = (jnp.zeros((Q, H), jnp.float32), jnp.full(Q, MASKED, jnp.float32), jnp.zeros(Q, jnp.float32))
     end = jnp.minimum((share + 1) * each, blocks)

@@ -1,4 +1,4 @@
-"""The TPU's decoding kernel, interpreted, against plain attention; and that it reads nothing that it need not."""
+"""The kernels for decoding, interpreted, against plain attention; and that they read nothing that they need not."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from srlm_jax.model import attention, decode_attention, int8, ops
+from srlm_jax.model import attention, decode_attention, decode_triton, int8, ops
 from srlm_jax.model.attention import ALL, Part
 from srlm_jax.model.int8 import Slots
 
@@ -31,9 +31,9 @@ def level(R, S, lengths, starts=None, *, layers=3, K=2, H=128):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernel runs anywhere; memory that nothing was written to is NaN."""
-    run = functools.partial(decode_attention.flash_decode, interpret=HERE)
-    monkeypatch.setattr(decode_attention, "flash_decode", run)
+    """The kernels run anywhere; a TPU's memory that nothing was written to is NaN."""
+    for module, how in ((decode_attention, HERE), (decode_triton, True)):
+        monkeypatch.setattr(module, "flash_decode", functools.partial(module.flash_decode, interpret=how))
 
 
 def same(found, wanted):
@@ -51,10 +51,14 @@ LEVELS = {
 }
 
 
+KERNELS = [attention.decoding, attention.decoding_gpu]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("rows", "part"), LEVELS.values(), ids=LEVELS)
-def test_the_kernel_gives_what_plain_attention_gives(interpreted, rows, part):
+def test_a_kernel_gives_what_plain_attention_gives(interpreted, rows, part, kernel):
     q = normal(0, rows, 4, 1, 128)
-    found, wanted = (kernel(q, part, with_lse=True) for kernel in (attention.decoding, attention.plain))
+    found, wanted = (run(q, part, with_lse=True) for run in (kernel, attention.plain))
     read = np.repeat(np.asarray(part.readable.length_R) > 0, rows // part.k_LRKSH.shape[1])
     same([x[read] for x in found], [x[read] for x in wanted])
     assert (found[0][~read] == 0).all() and (found[1][~read] == jnp.float32(ops.MASKED)).all()
@@ -72,12 +76,13 @@ def in_8_bits(part):
     return dataclasses.replace(part, k_LRKSH=k, v_LRKSH=v), products
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", [name for name, (_, part) in LEVELS.items() if part.k_LRKSH.shape[3] % 32 == 0])
-def test_the_kernel_reads_8_bits_as_what_they_are_multiplied_out(interpreted, name):
+def test_the_kernel_reads_8_bits_as_what_they_are_multiplied_out(interpreted, name, kernel):
     rows, part = LEVELS[name]
     rounded, products = in_8_bits(part)
     q = normal(0, rows, 4, 1, 128)
-    found, wanted = attention.decoding(q, rounded, with_lse=True), attention.plain(q, products, with_lse=True)
+    found, wanted = kernel(q, rounded, with_lse=True), attention.plain(q, products, with_lse=True)
     read = np.repeat(np.asarray(part.readable.length_R) > 0, rows // part.k_LRKSH.shape[1])
     same([x[read] for x in found], [x[read] for x in wanted])
     assert (found[0][~read] == 0).all() and (found[1][~read] == jnp.float32(ops.MASKED)).all()
@@ -102,9 +107,11 @@ def test_many_queries_are_worked_on_some_heads_at_a_time(interpreted, monkeypatc
     assert grids == [(1, 2, 1)]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rows", [2, 6])
-def test_no_block_is_read_that_holds_nothing_and_no_other_layer(interpreted, rows):
+def test_no_block_is_read_that_holds_nothing_and_no_other_layer(interpreted, monkeypatch, rows, kernel):
     """All of it is NaN but the blocks of the layer that `blocks_read` counts."""
+    monkeypatch.setattr(decode_triton, "block_size", lambda slots: 128)  # as the TPU's
     part = level(2, 128 * 3, [100, 200], [380, 130])
     S, block = 384, decode_attention.block_size(384, 2 * 128 * 4)
     counts = decode_attention.blocks_read(part.readable.start_R, part.readable.length_R, S, block)
@@ -117,7 +124,36 @@ def test_no_block_is_read_that_holds_nothing_and_no_other_layer(interpreted, row
     poison = lambda x: jnp.full(x.shape, jnp.nan).at[2].set(jnp.where(kept[:, None, :, None], x[2], jnp.nan))
     poisoned = dataclasses.replace(part, k_LRKSH=poison(part.k_LRKSH), v_LRKSH=poison(part.v_LRKSH))
     q = normal(0, rows, 4, 1, 128)
-    same(attention.decoding(q, poisoned, with_lse=True), attention.plain(q, part, with_lse=True))
+    same(kernel(q, poisoned, with_lse=True), attention.plain(q, part, with_lse=True))
+
+
+@pytest.mark.parametrize(("R", "Q", "S"), [(2, 70, 48), (1, 3, 256)])
+def test_a_gpu_s_programs_share_many_queries_and_few_rows(monkeypatch, R, Q, S):
+    """70 queries are two programs of 64, and a row that nobody but two heads reads is shared by several."""
+    part, grids = level(R, S, [S - 5] * R, [7] * R), []
+    call = decode_triton.pl.pallas_call
+    monkeypatch.setattr(decode_triton.pl, "pallas_call", lambda *a, **k: grids.append(k["grid"]) or call(*a, **k))
+    q_RKQH, zero = normal(0, R, 2, Q, 128), jnp.int32(2)
+    found = decode_triton.flash_decode(
+        q_RKQH, part.k_LRKSH, part.v_LRKSH, zero, part.readable.start_R, part.readable.length_R, interpret=True
+    )
+    q = q_RKQH.swapaxes(1, 2).reshape(R * Q, 2, 1, 128) * 128**0.5
+    out, lse = attention.plain(q, part, with_lse=True)
+    shape = lambda x: x.reshape(R, Q, 2, -1).swapaxes(1, 2)
+    same((found[0], found[1][..., None]), (shape(out), shape(lse)))
+    assert grids == [(R, 2, -(-Q // 64), 1 if S == 48 else 2)]
+
+
+def test_a_gpu_is_given_its_kernel_for_decoding():
+    """Lowered for a GPU that is not there; nothing here has run on one."""
+    device = jax.sharding.AbstractDevice(device_kind="described", num_cores=None, platform="gpu")
+    types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"), types, abstract_device=device)
+    q, k = jnp.zeros((8, 4, 1, 64), jnp.bfloat16), jnp.zeros((3, 4, 4, 32, 64), jnp.bfloat16)
+    part = Part(k, k, jnp.int32(1), dataclasses.replace(ALL, length_R=jnp.full(4, 9)))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda q: attention.attend(q, [part], [], None)).trace(q)
+    assert "__gpu$xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_blocks_by_hand():
