@@ -50,10 +50,18 @@ def _spread(groups: list[tuple[Row, ...]], rows: int) -> list[tuple[Row, ...]]:
 
 
 def pair_batches(pairs: Sequence[PairRow], size: int) -> list[PairBatch]:
-    """Batches of `size` pairs."""
+    """All pairs once, in batches of `size`. Made without a pipeline of `grain`: a training starts one once, and a
+    measurement would each time."""
     length = batches.padded_length([row.length for pair in pairs for row in (pair.chosen, pair.rejected)], _MULTIPLE)
-    made = iter(batches.pair_batches(pairs, length, size, seed=0))
-    return [next(made) for _ in range(len(pairs) // size)]
+    return [
+        PairBatch(
+            batches.token_batch([pair.chosen for pair in part], length),
+            batches.token_batch([pair.rejected for pair in part], length),
+            np.asarray([pair.ref_chosen for pair in part], np.float32),
+            np.asarray([pair.ref_rejected for pair in part], np.float32),
+        )
+        for part in (pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size))
+    ]
 
 
 def logprobs(model: Llama, rows: Sequence[Row], size: int) -> np.ndarray:
