@@ -101,6 +101,14 @@ def validation() -> ConfigDict:
     return c
 
 
+def engine(*, rows: int, steps: int) -> ConfigDict:
+    """How samples are drawn on the devices. Nothing is rounded to 8 bits unless it is asked for: the paper does not."""
+    c = ConfigDict(locals())
+    c.weights = config_dict.placeholder(str)  # "int8": the projections' weights
+    c.cache = config_dict.placeholder(str)  # "int8": keys and values
+    return c
+
+
 def lora() -> ConfigDict:
     """Low-rank adapters in SFT and DPO, none unless their rank is given: the paper trains all weights."""
     c = ConfigDict()
@@ -132,13 +140,14 @@ def tiny() -> ConfigDict:
     c.shard_prompts = 256
     c.logprob_chunk = 512
     c.length_multiple = 16
+    c.packed = True
     c.reference_batch = 64
     c.model = model(presets.tiny())
     c.chat = "plain"
     c.endpoint = endpoint()  # a server that samples from the models of this run
     c.lora = lora()
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
-    c.engine = ConfigDict({"rows": 192, "steps": 8})
+    c.engine = engine(rows=192, steps=8)
 
     # Flaws leave room to improve: about half of the annotators' answers are perfect.
     c.world = ConfigDict(
@@ -250,11 +259,12 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     # answer and a verdict; human examples that are longer are left out and counted.
     c.context_length = 2_048
     c.max_prompt_tokens = 192  # about 150 words
-    # Each file's prompts are sampled to their end before the next ones begin, so that the last rows of a file are alone:
-    # of 4,096 answers by 64 rows that is two or three hundredths of the time.
+    # A file's prompts are sampled to their end before the next ones begin, so that the last rows of each are alone: of
+    # 4,096 answers by 64 rows that is two or three hundredths of the time.
     c.shard_prompts = 1_024
     c.logprob_chunk = 256
     c.length_multiple = 128
+    c.packed = True  # the same examples in a batch, in two fifths of the positions
     c.reference_batch = 32  # log-probabilities take no gradient, so more rows at a time than a training step has
     c.model = model(preset)
     c.chat = chat  # the paper does not say how Llama 2 is asked; later work of its authors wraps prompts in [INST]
@@ -262,7 +272,7 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": tensor})
     # 64 rows of 1,024 new tokens are 34 GB of keys and values in a 7B, and 21 GB in a 70B, whose heads share them; a
     # pod has room for as many again on each copy of the weights.
-    c.engine = ConfigDict({"rows": 64, "steps": 16})
+    c.engine = engine(rows=64, steps=16)
     c.endpoint = endpoint()  # a server that samples from the models of this run
     c.world = None
     c.pretraining = None

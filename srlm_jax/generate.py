@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
             chat_format=_FORMAT.value,
             params=params,
             seed=_SEED.value,
-            engine=EngineConfig(rows=_ROWS.value, steps=16),
+            engine=EngineConfig(rows=_ROWS.value, steps=16, weights=None, cache=None),
             tensor=_TENSOR.value,
             shard_prompts=4 * _ROWS.value,
         )

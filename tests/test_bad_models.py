@@ -57,8 +57,8 @@ def refusals(folder, dtype=None):
         with pytest.raises((ValueError, OSError)) as raised:
             generate(
                 folder, prompts, folder.parent / "made.jsonl",
-                chat_format="none", params=GREEDY, seed=0, engine=EngineConfig(rows=1, steps=4), tensor=1,
-                shard_prompts=1,
+                chat_format="none", params=GREEDY, seed=0, tensor=1, shard_prompts=1,
+                engine=EngineConfig(rows=1, steps=4, weights=None, cache=None),
             )  # fmt: skip
         yield str(raised.value)
     assert sorted(folder.parent.iterdir()) == before

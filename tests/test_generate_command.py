@@ -44,8 +44,8 @@ def folder(tmp_path, make_llama, tokenizer_model):
 
 def run(folder, output, params=DRAWN, prompts="prompts.jsonl", **changes):
     arguments = {
-        "chat_format": "none", "seed": 0, "engine": EngineConfig(rows=4, steps=2), "tensor": 1,
-        "shard_prompts": 2,
+        "chat_format": "none", "seed": 0, "tensor": 1, "shard_prompts": 2,
+        "engine": EngineConfig(rows=4, steps=2, weights=None, cache=None),
     } | changes  # fmt: skip
     generate(folder, folder.parent / prompts, folder.parent / output, params=params, **arguments)
     return jsonl.read(folder.parent / output, Responses)
@@ -64,7 +64,7 @@ def test_greedy_answers_depend_on_no_seed_and_drawn_ones_do(folder):
 
 
 def test_batches_change_nothing(folder):
-    wide = {"engine": EngineConfig(rows=16, steps=3), "shard_prompts": 5}
+    wide = {"engine": EngineConfig(rows=16, steps=3, weights=None, cache=None), "shard_prompts": 5}
     assert run(folder, "a.jsonl") == run(folder, "b.jsonl", **wide)
 
 

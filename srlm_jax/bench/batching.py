@@ -9,6 +9,7 @@ from srlm_jax.bench.setting import train_mesh
 from srlm_jax.bench.workload import Pair
 from srlm_jax.data import batches
 from srlm_jax.data.batches import PairBatch, PairRow, Row, TokenBatch
+from srlm_jax.data.packing import Shape, pack
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.train.objectives import response_logprobs
@@ -16,7 +17,7 @@ from srlm_jax.train.objectives import response_logprobs
 _MULTIPLE = 64  # of a row's positions
 _LOGPROB_CHUNK = 256  # positions of a row whose logits are held at once
 
-_compiled_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))
+_compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[Row]:
@@ -30,48 +31,35 @@ def logprob_chunk() -> int:
 
 def token_batches(documents: Sequence[Row], size: int) -> list[TokenBatch]:
     """Batches of `size` documents each, in their order, packed into as few positions as were found."""
-    parts = [documents[i : i + size] for i in range(0, len(documents), size)]
-    longest = batches.padded_length([row.length for row in documents], _MULTIPLE)
-    choices = []
-    for length in (longest, 2 * longest, 4 * longest):
-        packed = [batches.pack(part, length) for part in parts]
-        choices.append((max(len(groups) for groups in packed) * length, length, packed))
-    positions, length, packed = min(choices, key=lambda choice: choice[:2])
-    return [batches.packed_batch(_spread(groups, positions // length), length) for groups in packed]
-
-
-def _spread(groups: list[tuple[Row, ...]], rows: int) -> list[tuple[Row, ...]]:
-    """The groups cut in as many as there are rows, so that none is empty."""
-    groups = sorted(groups, key=len)
-    while len(groups) < rows and len(groups[-1]) > 1:
-        last = groups.pop()
-        groups = sorted([*groups, last[: len(last) // 2], last[len(last) // 2 :]], key=len)
-    return groups
+    return _packed([documents[i : i + size] for i in range(0, len(documents), size)])
 
 
 def pair_batches(pairs: Sequence[PairRow], size: int) -> list[PairBatch]:
-    """All pairs once, in batches of `size`. Made without a pipeline of `grain`: a training starts one once, and a
-    measurement would each time."""
-    length = batches.padded_length([row.length for pair in pairs for row in (pair.chosen, pair.rejected)], _MULTIPLE)
+    """Batches of `size` pairs, in their order, packed as documents are."""
+    parts = [pairs[i : i + size] for i in range(0, len(pairs) // size * size, size)]
+    rows = _packed([[pair.chosen for pair in part] + [pair.rejected for pair in part] for part in parts])
+    reference = lambda part, name: np.asarray([getattr(pair, name) for pair in part], np.float32)
     return [
-        PairBatch(
-            batches.token_batch([pair.chosen for pair in part], length),
-            batches.token_batch([pair.rejected for pair in part], length),
-            np.asarray([pair.ref_chosen for pair in part], np.float32),
-            np.asarray([pair.ref_rejected for pair in part], np.float32),
-        )
-        for part in (pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size))
+        PairBatch(batch, reference(part, "ref_chosen"), reference(part, "ref_rejected"))
+        for batch, part in zip(rows, parts, strict=True)
     ]
+
+
+def _packed(parts: Sequence[Sequence[Row]]) -> list[TokenBatch]:
+    """Each part's documents as a batch, all of one shape: the smallest of a few."""
+    lengths = [[row.length for row in part] for part in parts]
+    longest = batches.padded_length([length for part in lengths for length in part], _MULTIPLE)
+    shapes = [Shape(max(len(pack(part, length)) for part in lengths), length) for length in (longest, 2 * longest)]
+    shape = min(shapes, key=lambda shape: shape.rows * shape.length)
+    groups = [pack(part, shape.length) for part in lengths]
+    return [batches.packed_batch(part, group, shape) for part, group in zip(parts, groups, strict=True)]
 
 
 def logprobs(model: Llama, rows: Sequence[Row], size: int) -> np.ndarray:
     """What the model gives each row's answer, `size` rows at a time: the reference pass."""
-    length = batches.padded_length([row.length for row in rows], _MULTIPLE)
-    mesh, found = train_mesh(), []
-    for first in range(0, len(rows), size):
-        part = list(rows[first : first + size])
-        batch = batches.token_batch(part + part[:1] * (size - len(part)), length)
-        batch = hosts.spread(batch, rules.sharding(mesh, rules.TRAIN, ("batch",)))
-        with jax.set_mesh(mesh):
-            found.append(_compiled_logprobs(model, batch, _LOGPROB_CHUNK, None))
-    return np.concatenate(hosts.fetch(found))[: len(rows)]
+    mesh, parts = train_mesh(), [rows[i : i + size] for i in range(0, len(rows), size)]
+    place, found = rules.sharding(mesh, rules.TRAIN, ("batch",)), []
+    with jax.set_mesh(mesh):
+        for batch in _packed(parts):
+            found.append(_compiled_logprobs(model, hosts.spread(batch, place), size, _LOGPROB_CHUNK, None))
+    return np.concatenate([x[: len(part)] for x, part in zip(hosts.fetch(found), parts, strict=True)])

@@ -131,7 +131,7 @@ def sample(
         _groups(tree),
         engine.Draw(samples=tree.samples, max_new_tokens=max(limit for _, limit in tree.rows), stops=(), **draw),
         key=jax.random.key(0),
-        config=engine.EngineConfig(rows=rows, steps=steps),
+        config=engine.EngineConfig(rows=rows, steps=steps, weights=None, cache=None),
         mesh=mesh,
         report=lambda finished, tokens: None,
         work=work,

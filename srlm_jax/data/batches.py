@@ -1,19 +1,29 @@
-"""From records of token ids to batches: padded rows, packed rows and pairs, as grain pipelines.
+"""From records of token ids to batches: examples and preference pairs, padded or packed, as grain pipelines.
 
 Grain's iterators know where they are: their state is saved with the train state, and a restored one goes on with the
-batch that would have come next.
+batch that would have come next. A thread makes the next batches while the devices are busy; the state is that of the
+batch last taken.
+
+Padded, a document has a row to itself and rows are as long as the longest. Packed, documents share rows (`packing`):
+the same examples in a batch and the same loss, in fewer positions.
 
 Every process of a job draws the same batches, rows of all processes together: which rows are whose is the mesh's
 affair (`parallel.hosts.spread`), so no batch depends on how many processes there are.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
+
+from srlm_jax.data.packing import Lot, Packing, RowTooLong, Shape, pack
+
+# One thread makes batches, and two are ready: a step takes much longer than a batch.
+AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 class TokenBatch(NamedTuple):
@@ -23,14 +33,16 @@ class TokenBatch(NamedTuple):
     targets_BT: jax.Array
     mask_BT: jax.Array
     positions_BT: jax.Array  # in the token's own document
-    segments_BT: jax.Array  # which document of a packed row
+    segments_BT: jax.Array | None  # the number of the token's document, from 1, and 0 for padding; None: row B's is B
 
 
 class PairBatch(NamedTuple):
-    """P preference pairs, and the reference's log-probabilities of them, summed over tokens."""
+    """P preference pairs, and the reference's log-probabilities of them, summed over tokens.
 
-    chosen: TokenBatch
-    rejected: TokenBatch
+    Of a microbatch's documents the chosen answers come first, then the rejected ones in the same order.
+    """
+
+    rows: TokenBatch
     ref_chosen_P: jax.Array
     ref_rejected_P: jax.Array
 
@@ -58,10 +70,6 @@ class PairRow:
     ref_rejected: float
 
 
-class RowTooLong(ValueError):
-    """A row needs more positions than a batch has."""
-
-
 def padded_length(lengths: Sequence[int], multiple: int) -> int:
     """The smallest multiple that holds the longest row: the sequence length of a batch of such rows."""
     return -(-max(lengths) // multiple) * multiple
@@ -73,8 +81,8 @@ def token_batch(rows: Sequence[Row], length: int) -> TokenBatch:
     stacked = {name: np.stack([column[name] for column in columns]) for name in columns[0]}
     shape = stacked["tokens"].shape
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    # Padding lies to the right of every token, so causal attention alone keeps it out: one segment a row.
-    return TokenBatch(stacked["tokens"], stacked["targets"], stacked["mask"], positions, np.zeros(shape, np.int32))
+    # Padding lies to the right of every token, so causal attention alone keeps it out.
+    return TokenBatch(stacked["tokens"], stacked["targets"], stacked["mask"], positions, None)
 
 
 def _columns(row: Row) -> dict[str, np.ndarray]:
@@ -89,71 +97,84 @@ def _padded(row: Row, length: int) -> dict[str, np.ndarray]:
     return {name: np.pad(x, (0, length - row.length)) for name, x in _columns(row).items()}
 
 
-def _shuffled(rows: Sequence, seed: int) -> grain.MapDataset:
-    """The rows in a new random order each epoch, without end."""
+def _batches(rows: Sequence, batch_size: int, seed: int, make) -> grain.IterDataset:
+    """`make(rows of a batch)` for the rows in a new random order each epoch, without end."""
     if not rows:
         raise ValueError("there are no rows to train on")
-    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    return dataset.batch(batch_size, batch_fn=make).to_iter_dataset(AHEAD)
 
 
 def padded_batches(rows: Sequence[Row], length: int, batch_size: int, seed: int) -> grain.IterDataset:
     """Batches of `batch_size` rows, one document each: the paper's notion of a batch."""
-    dataset = _shuffled(rows, seed).to_iter_dataset()
-    return dataset.batch(batch_size, batch_fn=lambda batch: token_batch(batch, length))
+    return _batches(rows, batch_size, seed, lambda batch: token_batch(batch, length))
 
 
-def pack(rows: Sequence[Row], length: int) -> list[tuple[Row, ...]]:
-    """Documents grouped so that each group fits `length` positions, by best fit, longest first.
-
-    Raises:
-      RowTooLong: a document does not fit.
-    """
-    open_by_room: list[list[list[Row]]] = [[] for _ in range(length + 1)]
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: -row.length):
-        if row.length > length:
-            raise RowTooLong(f"a document of {row.length} positions does not fit a sequence length of {length}")
-        room = next((room for room in range(row.length, length + 1) if open_by_room[room]), None)
-        group = open_by_room[room].pop() if room is not None else []
-        if room is None:
-            groups.append(group)
-        group.append(row)
-        open_by_room[(length if room is None else room) - row.length].append(group)
-    return [tuple(group) for group in groups]
+def padded_pairs(pairs: Sequence[PairRow], length: int, batch_size: int, seed: int) -> grain.IterDataset:
+    """Batches of `batch_size` preference pairs, one answer a row."""
+    return _batches(pairs, batch_size, seed, lambda batch: pair_batch(batch, length))
 
 
-def _packed(group: tuple[Row, ...], length: int) -> dict[str, np.ndarray]:
-    columns = [_columns(row) for row in group]
-    joined = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    joined["positions"] = np.concatenate([np.arange(row.length, dtype=np.int32) for row in group])
-    # Padding gets a segment of its own, 0.
-    joined["segments"] = np.concatenate([np.full(row.length, i, np.int32) for i, row in enumerate(group, start=1)])
-    return {name: np.pad(x, (0, length - len(x))) for name, x in joined.items()}
+def pair_batch(pairs: Sequence[PairRow], length: int) -> PairBatch:
+    """Pairs as numpy arrays, one answer a row."""
+    return PairBatch(token_batch(_documents(pairs), length), *_references(pairs))
 
 
-def packed_batch(groups: Sequence[tuple[Row, ...]], length: int) -> TokenBatch:
-    """Rows of `length` positions, each holding the documents of one group, as numpy arrays."""
-    columns = [_packed(group, length) for group in groups]
-    names = ("tokens", "targets", "mask", "positions", "segments")
-    return TokenBatch(*(np.stack([column[name] for column in columns]) for name in names))
+def _documents(pairs: Sequence[PairRow]) -> list[Row]:
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
-def packed_batches(rows: Sequence[Row], length: int, batch_size: int, seed: int) -> grain.IterDataset:
-    """Batches of `batch_size` rows of `length` positions, each filled with as many documents as fit."""
-    groups = pack(rows, length)
-    dataset = _shuffled(groups, seed).to_iter_dataset()
-    return dataset.batch(batch_size, batch_fn=lambda batch: packed_batch(batch, length))
+def _references(pairs: Sequence[PairRow]) -> tuple[np.ndarray, np.ndarray]:
+    chosen, rejected = zip(*[(pair.ref_chosen, pair.ref_rejected) for pair in pairs], strict=True)
+    return np.asarray(chosen, np.float32), np.asarray(rejected, np.float32)
 
 
-def pair_batches(pairs: Sequence[PairRow], length: int, batch_size: int, seed: int) -> grain.IterDataset:
-    """Batches of `batch_size` preference pairs."""
+def packed_batch(documents: Sequence[Row], groups: Sequence[Sequence[int]], shape: Shape) -> TokenBatch:
+    """Rows that hold the documents of one group each, by their indices, and empty ones up to `shape`, as numpy
+    arrays."""
+    types = (np.int32, np.int32, np.float32, np.int32, np.int32)
+    batch = TokenBatch(*(np.zeros(shape, dtype) for dtype in types))
+    for row, group in enumerate(groups):
+        end = 0
+        for index in group:
+            document = documents[index]
+            here = np.s_[row, end : (end := end + document.length)]
+            columns = _columns(document)
+            batch.tokens_BT[here], batch.targets_BT[here] = columns["tokens"], columns["targets"]
+            batch.mask_BT[here], batch.positions_BT[here] = columns["mask"], np.arange(document.length)
+            batch.segments_BT[here] = 1 + index
+    return batch
 
-    def to_batch(rows: Sequence[PairRow]) -> PairBatch:
-        return PairBatch(
-            token_batch([row.chosen for row in rows], length),
-            token_batch([row.rejected for row in rows], length),
-            np.asarray([row.ref_chosen for row in rows], np.float32),
-            np.asarray([row.ref_rejected for row in rows], np.float32),
-        )
 
-    return _shuffled(pairs, seed).to_iter_dataset().batch(batch_size, batch_fn=to_batch)
+def filled_batches(rows: Sequence[Row], length: int, batch_size: int, seed: int) -> grain.IterDataset:
+    """Batches of `batch_size` rows of `length` positions, each filled with as many documents as fit, for a training
+    that does not count documents."""
+    groups = pack([row.length for row in rows], length)
+    shape = Shape(batch_size, length)
+    return _batches(groups, batch_size, seed, lambda batch: packed_batch(rows, batch, shape))
+
+
+def packed_batches(rows: Sequence[Row], shape: Shape, packing: Packing, steps: int) -> grain.IterDataset:
+    """So many batches of documents, for which `packing.lengths` has one document an example."""
+    return _packed(shape, packing, steps, lambda lot: packed_batch([rows[i] for i in lot.examples], lot.rows, shape))
+
+
+def packed_pairs(pairs: Sequence[PairRow], shape: Shape, packing: Packing, steps: int) -> grain.IterDataset:
+    """So many batches of preference pairs, for which `packing.lengths` has the chosen answer and the rejected one."""
+
+    def make(lot: Lot) -> PairBatch:
+        own = [pairs[i] for i in lot.examples]
+        return PairBatch(packed_batch(_documents(own), lot.rows, shape), *_references(own))
+
+    return _packed(shape, packing, steps, make)
+
+
+def _packed(shape: Shape, packing: Packing, steps: int, make) -> grain.IterDataset:
+    epoch = functools.lru_cache(maxsize=2)(lambda index: packing.epoch(index, shape))
+
+    def batch(step: int) -> TokenBatch | PairBatch:
+        microbatches = [make(lot) for lot in epoch(step // packing.batches)[step % packing.batches]]
+        # Row i of the whole goes to microbatch i % accumulate: see `train.step`.
+        return jax.tree.map(lambda *parts: np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]), *microbatches)
+
+    return grain.MapDataset.range(steps).map(batch).to_iter_dataset(AHEAD)

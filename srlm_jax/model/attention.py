@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Bool, Float, Int
 
 from srlm_jax.model import decode_attention, ops
+from srlm_jax.model.int8 import Slots
 from srlm_jax.parallel import rules
 
 # The smallest piece of a row that a TPU's kernel works on; below it the scores are small, and plain attention is best.
@@ -87,21 +88,22 @@ class Part:
     before, they would be copied for it. Row b of the queries reads row b * R // B, siblings being adjacent.
     """
 
-    k_LRKSH: Float[Array, "L R K S H"]
-    v_LRKSH: Float[Array, "L R K S H"]
+    k_LRKSH: Float[Array, "L R K S H"] | Slots
+    v_LRKSH: Float[Array, "L R K S H"] | Slots
     layer: Int[Array, ""]
     readable: Readable
 
     @property
-    def k_RKSH(self) -> Float[Array, "R K S H"]:
+    def k_RKSH(self) -> Float[Array, "R K S H"] | Slots:
         return self._own(self.k_LRKSH)
 
     @property
-    def v_RKSH(self) -> Float[Array, "R K S H"]:
+    def v_RKSH(self) -> Float[Array, "R K S H"] | Slots:
         return self._own(self.v_LRKSH)
 
-    def _own(self, stack: jax.Array) -> jax.Array:
-        return stack[0] if stack.shape[0] == 1 else jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
+    def _own(self, stack: jax.Array | Slots) -> jax.Array | Slots:
+        index = lambda x: x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+        return jax.tree.map(index, stack)
 
 
 def alone(k_RKSH: Float[Array, "R K S H"], v_RKSH: Float[Array, "R K S H"], readable: Readable) -> Part:
@@ -198,8 +200,7 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
     """
     (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[3]
     if T == 1:
-        slot_bytes = part.k_LRKSH.shape[2] * H * part.k_LRKSH.dtype.itemsize
-        whole = H % LANES == 0 and decode_attention.block_size(S, slot_bytes) is not None
+        whole = H % LANES == 0 and decode_attention.block_of(part.k_LRKSH) is not None
         return decoding if platform == "tpu" and whole else plain
     if platform == "tpu" and min(T, S) >= LANES:
         return splash
@@ -266,7 +267,9 @@ def splash(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array,
     # Siblings are so many more query heads of a key-value head.
     q = q_BNTH.reshape(R, C, K, N // K, T, H).swapaxes(1, 2).reshape(R, K * C * N // K, T, H)
     q = _pad(q * H**-0.5, 2, queries, 0)
-    k, v = _pad(part.k_RKSH, 2, keys, 0), _pad(part.v_RKSH, 2, keys, 0)
+    # What is rounded it reads multiplied out: a layer of a parent, for many queries.
+    k, v = (x.multiplied(q.dtype) if isinstance(x, Slots) else x for x in (part.k_RKSH, part.v_RKSH))
+    k, v = _pad(k, 2, keys, 0), _pad(v, 2, keys, 0)
     # Keys beyond the row come after all of its queries, or have a segment that these have not.
     ids = None
     if readable.segments_BT is not None:

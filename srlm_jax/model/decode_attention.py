@@ -17,18 +17,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from srlm_jax.model.int8 import Slots
 from srlm_jax.model.ops import MASKED
 
 # What the kernel's arrays may take of a chip's fast memory, of which the compiler gives a kernel 16 MiB.
 _FAST_BYTES = 8 * 2**20
 _BLOCK_BYTES = 2**18
 _LANES = 128  # what the last axis of an array is filled up to there
+_WHOLE = 1_024  # slots of a row that are read at once at most
 
 
 def block_size(slots: int, slot_bytes: int) -> int | None:
     """Slots that are read at once, `slot_bytes` of keys each: a power of two that divides the level into pieces, large
     enough to keep memory busy and no larger, since the last block is read whole; None: none that a TPU likes."""
     return next((n for n in (128, 64, 32, 16) if slots % n == 0 and (n == 16 or n * slot_bytes <= _BLOCK_BYTES)), None)
+
+
+def block_of(stack: jax.Array | Slots) -> int | None:
+    """Slots of a stack [L, R, K, S, H] that are read at once. Scales lie along a register's lanes, of which as many are
+    read as there are, or all that a row has."""
+    _, _, K, S, H = stack.shape
+    if not isinstance(stack, Slots):
+        return block_size(S, K * H * stack.dtype.itemsize)
+    if S % _LANES == 0:
+        return _LANES
+    return S if S % 32 == 0 and S <= _WHOLE else None
 
 
 def blocks_read(start: Int[Array, "..."], length: Int[Array, "..."], slots: int, block: int) -> Int[Array, "..."]:
@@ -38,8 +51,8 @@ def blocks_read(start: Int[Array, "..."], length: Int[Array, "..."], slots: int,
 
 def flash_decode(
     q_RKQH: Float[Array, "R K Q H"],
-    k_LRKSH: Float[Array, "L R K S H"],
-    v_LRKSH: Float[Array, "L R K S H"],
+    k_LRKSH: Float[Array, "L R K S H"] | Slots,
+    v_LRKSH: Float[Array, "L R K S H"] | Slots,
     layer: Int[Array, ""],
     start_R: Int[Array, "R"],
     length_R: Int[Array, "R"],
@@ -52,9 +65,11 @@ def flash_decode(
     """
     R, K, Q, H = q_RKQH.shape
     S = k_LRKSH.shape[3]
-    block = block_size(S, K * H * k_LRKSH.dtype.itemsize)
-    # Keys and values, queries and outputs are there twice, one being moved; sums, and some arrays of scores, once.
-    wide = k_LRKSH.dtype.itemsize
+    block = block_of(k_LRKSH)
+    scaled = isinstance(k_LRKSH, Slots)
+    # Keys and values, queries and outputs are there twice, one being moved; sums, and some arrays of scores, once; and
+    # of what is rounded a copy in the type that is computed in.
+    wide = k_LRKSH.dtype.itemsize + (q_RKQH.dtype.itemsize if scaled else 0)
     per_query = (4 * q_RKQH.dtype.itemsize + 4) * H + 4 * 4 * _LANES + 3 * 4 * max(block, _LANES)
     per_head = 4 * block * H * wide + -(-Q // 16) * 16 * per_query
     heads = next(n for n in range(K, 0, -1) if K % n == 0 and (n == 1 or n * per_head <= _FAST_BYTES))
@@ -67,16 +82,18 @@ def flash_decode(
         last = jnp.maximum(blocks_read(start[r], length[r], S, block) - 1, 0)
         return layer[0], r, h, (start[r] // block + jnp.minimum(i, last)) % (S // block), 0
 
+    def scales(*indices):
+        layer, r, h, i, _ = keys(*indices)
+        return layer, r, h, 0, i
+
+    of_keys = pl.BlockSpec((1, 1, heads, block, H), keys)
+    of_scales = [pl.BlockSpec((1, 1, heads, 1, block), scales)] if scaled else []
     out, lse = pl.pallas_call(
         functools.partial(_kernel, slots=S),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(R, K // heads, S // block),
-            in_specs=[
-                pl.BlockSpec((1, heads, Q, H), queries),
-                pl.BlockSpec((1, 1, heads, block, H), keys),
-                pl.BlockSpec((1, 1, heads, block, H), keys),
-            ],
+            in_specs=[pl.BlockSpec((1, heads, Q, H), queries), *2 * [of_keys, *of_scales]],
             out_specs=[pl.BlockSpec((1, heads, Q, H), queries), pl.BlockSpec((1, heads, Q, 1), queries)],
             scratch_shapes=[
                 pltpu.VMEM((heads, Q, H), jnp.float32),
@@ -91,12 +108,17 @@ def flash_decode(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="flash_decode",
-    )(layer.reshape(1), start_R, length_R, q_RKQH, k_LRKSH, v_LRKSH)
+    )(layer.reshape(1), start_R, length_R, q_RKQH, *jax.tree.leaves((k_LRKSH, v_LRKSH)))
     return out, lse[..., 0]
 
 
-def _kernel(layer, start, length, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, top_ref, total_ref, *, slots: int):
+def _kernel(layer, start, length, q_ref, *refs, slots: int):
     del layer
+    *keys_and_values, out_ref, lse_ref, sum_ref, top_ref, total_ref = refs
+    if len(keys_and_values) == 2:
+        (k_ref, v_ref), k_scale_ref, v_scale_ref = keys_and_values, None, None
+    else:
+        k_ref, k_scale_ref, v_ref, v_scale_ref = keys_and_values
     r, i = pl.program_id(0), pl.program_id(2)
     block = k_ref.shape[3]
 
@@ -108,11 +130,14 @@ def _kernel(layer, start, length, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref
 
     @pl.when(i < blocks_read(start[r], length[r], slots, block))
     def _():
-        q_KQH, k_KSH, v_KSH = q_ref[0], k_ref[0, 0], v_ref[0, 0]
+        q_KQH = q_ref[0]
+        k_KSH, v_KSH = (ref[0, 0] if k_scale_ref is None else ref[0, 0].astype(q_KQH.dtype) for ref in (k_ref, v_ref))
         over_heads = lambda a, b, axis: jax.lax.dot_general(
             a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
         )
         scores_KQS = over_heads(q_KQH, k_KSH, 2)
+        if k_scale_ref is not None:
+            scores_KQS *= k_scale_ref[0, 0]
         first = (start[r] // block + i) % (slots // block) * block
         age_KQS = first + jax.lax.broadcasted_iota(jnp.int32, scores_KQS.shape, 2) - start[r]
         age_KQS = jnp.where(age_KQS < 0, age_KQS + slots, age_KQS)
@@ -123,6 +148,8 @@ def _kernel(layer, start, length, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref
         shrunk_KQ1 = jnp.exp(old_KQ1 - top_KQ1)
         top_ref[...] = top_KQ1
         total_ref[...] = total_ref[...] * shrunk_KQ1 + jnp.sum(weights_KQS, axis=-1, keepdims=True)
+        if v_scale_ref is not None:
+            weights_KQS *= v_scale_ref[0, 0]
         sum_ref[...] = sum_ref[...] * shrunk_KQ1 + over_heads(weights_KQS.astype(v_KSH.dtype), v_KSH, 1)
 
     @pl.when(i == pl.num_programs(2) - 1)

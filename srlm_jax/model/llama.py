@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from srlm_jax.model import attention, ops
 from srlm_jax.model.attention import Part
-from srlm_jax.model.cache import Cache
+from srlm_jax.model.cache import Cache, write
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.parallel import rules
 
@@ -122,11 +122,7 @@ class Llama(nnx.Module):
             shared, siblings = [], None
             if cache is not None:
                 # The stacked cache travels in the carry, so that it is updated in place.
-                start = (layer, 0, 0, cache.slot, 0)
-                leaf = tuple(
-                    jax.lax.dynamic_update_slice(kv, new[None].astype(kv.dtype), start)
-                    for kv, new in zip(leaf, (k_BKTH, v_BKTH), strict=True)
-                )
+                leaf = tuple(write(kv, new, layer, cache.slot) for kv, new in zip(leaf, (k_BKTH, v_BKTH), strict=True))
                 if cache.readable is not None:
                     parts.append(Part(*leaf, layer, cache.readable))
                 parts += [level.part(layer) for level in cache.parents]
@@ -149,7 +145,9 @@ class Llama(nnx.Module):
         return x_BTD, dataclasses.replace(cache, k_LBKSH=leaf[0], v_LBKSH=leaf[1])
 
 
-def project(x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"] | ops.Adapted) -> Float[Array, "B N T H"]:
+def project(
+    x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"] | ops.Adapted | ops.Quantized
+) -> Float[Array, "B N T H"]:
     """Queries, keys or values, head-major: the layout in which attention is two plain batched matrix products."""
     (B, T, _), (D, N, H) = x_BTD.shape, w_DNH.shape
     return ops.linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(B, T, N, H).swapaxes(1, 2)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from srlm_jax.model.config import RopeScaling
+from srlm_jax.model.int8 import Slots
 
 # Stands for minus infinity where a row may have nothing to attend to: exp() of it is 0, and differences stay finite.
 MASKED = -1e30
@@ -56,6 +57,22 @@ class Adapted:
         return dataclasses.replace(self, w=w, a=a, b=b)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """The matrix values * scale as its parts, which `linear` never multiplies out (see `model.quantized`)."""
+
+    values: Float[Array, "..."]  # [in..., out...]: whole numbers that were stored in 8 bits
+    scale: Float[Array, "..."]  # [out...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def reshape(self, rows: int, columns: int) -> "Quantized":
+        """As `Adapted.reshape`."""
+        return Quantized(values=self.values.reshape(rows, columns), scale=self.scale.reshape(columns))
+
+
 def rms_norm(x: Float[Array, "*B D"], scale_D: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x^2) + eps) * scale, with the mean taken in float32 (Llama; Zhang and Sennrich 2019)."""
     x32 = x.astype(jnp.float32)
@@ -90,8 +107,8 @@ def rotate(
 
 def attend(
     q_BNTH: Float[Array, "B N T H"],
-    k_RKSH: Float[Array, "R K S H"],
-    v_RKSH: Float[Array, "R K S H"],
+    k_RKSH: Float[Array, "R K S H"] | Slots,
+    v_RKSH: Float[Array, "R K S H"] | Slots,
     mask_RCTS: Bool[Array, "#R #C #T S"],
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
     """Softmax attention, and the log-sum-exp of its scores (float32), by which parts of one attention are merged.
@@ -104,17 +121,26 @@ def attend(
     C, G = B // R, N // K
     # in:  rows r0c0 r0c1 r1c0 r1c1, heads k0g0 k0g1 k1g0 ...    out: for each (r, k) all queries that read its keys
     q = q_BNTH.reshape(R, C, K, G, T, H).swapaxes(1, 2).reshape(R, K, C * G * T, H)
-    scores = jnp.einsum("rkqh,rksh->rkqs", q * H**-0.5, k_RKSH, preferred_element_type=jnp.float32)
+    k, k_scale = _parts(k_RKSH, q.dtype)
+    v, v_scale = _parts(v_RKSH, q.dtype)
+    scores = jnp.einsum("rkqh,rksh->rkqs", q * H**-0.5, k, preferred_element_type=jnp.float32)
+    scores = scores if k_scale is None else scores * k_scale
     scores = jnp.where(mask_RCTS[:, None, :, None], scores.reshape(R, K, C, G, T, S), MASKED)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     lse = (top + jnp.log(total))[..., 0]
-    weights = weights.astype(v_RKSH.dtype).reshape(R, K, C * G * T, S)
-    out = jnp.einsum("rkqs,rksh->rkqh", weights, v_RKSH, preferred_element_type=jnp.float32)
+    weights = weights.reshape(R, K, C * G * T, S)
+    weights = (weights if v_scale is None else weights * v_scale).astype(v.dtype)
+    out = jnp.einsum("rkqs,rksh->rkqh", weights, v, preferred_element_type=jnp.float32)
     # Divided after the product: H numbers a query instead of S.
     out = (out.reshape(R, K, C, G, T, H) / total).swapaxes(1, 2).reshape(B, N, T, H)
     return out.astype(q_BNTH.dtype), lse.swapaxes(1, 2).reshape(B, N, T)
+
+
+def _parts(slots: jax.Array | Slots, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """The numbers of keys, or values, and what they count if that is not 1."""
+    return (slots.values.astype(dtype), slots.scale) if isinstance(slots, Slots) else (slots, None)
 
 
 def merge_attention(outs: list[Float[Array, "B N T H"]], lses: list[Float[Array, "B N T"]]) -> Float[Array, "B N T H"]:
@@ -128,18 +154,24 @@ def merge_attention(outs: list[Float[Array, "B N T H"]], lses: list[Float[Array,
 
 def swiglu(
     x_BTD: Float[Array, "B T D"],
-    gate_DF: Float[Array, "D F"] | Adapted,
-    up_DF: Float[Array, "D F"] | Adapted,
-    down_FD: Float[Array, "F D"] | Adapted,
+    gate_DF: Float[Array, "D F"] | Adapted | Quantized,
+    up_DF: Float[Array, "D F"] | Adapted | Quantized,
+    down_FD: Float[Array, "F D"] | Adapted | Quantized,
 ) -> Float[Array, "B T D"]:
     """(silu(x gate) * x up) down (Shazeer 2020)."""
     return linear(jax.nn.silu(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF), down_FD)
 
 
-def linear(x_BTD: Float[Array, "B T D"], w_DF: Float[Array, "D F"] | Adapted) -> Float[Array, "B T F"]:
+def linear(x_BTD: Float[Array, "B T D"], w_DF: Float[Array, "D F"] | Adapted | Quantized) -> Float[Array, "B T F"]:
     """x w as one matrix product of two axes each: with three, XLA's CPU backend transposes the gradients' operands,
     and a training step takes half as long again."""
     if isinstance(w_DF, Adapted):
         return linear(x_BTD, w_DF.w) + w_DF.scale * linear(linear(x_BTD, w_DF.a), w_DF.b)
     B, T, D = x_BTD.shape
+    if isinstance(w_DF, Quantized):
+        # In the type of x, since devices that share a product add up what comes of it; but the sums of whole numbers
+        # are as large as 127 makes them, too large for float16.
+        dtype = jnp.float32 if x_BTD.dtype == jnp.float16 else x_BTD.dtype
+        out = jnp.matmul(x_BTD.reshape(B * T, D), w_DF.values, preferred_element_type=dtype)
+        return (out * w_DF.scale.astype(dtype)[None]).astype(x_BTD.dtype).reshape(B, T, -1)
     return (x_BTD.reshape(B * T, D) @ w_DF).reshape(B, T, -1)

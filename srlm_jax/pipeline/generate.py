@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 from etils import epath
 
-from srlm_jax.model import llama, weights
+from srlm_jax.model import llama, quantized, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.records import Completion, Request, SamplingParams
@@ -107,8 +107,8 @@ def open_model(
     config: engine.EngineConfig,
     key: jax.Array,
 ) -> ModelGenerate:
-    """A Llama from its folder, in any layout that `model.weights` reads and in the type it is kept in, laid out for
-    sampling, with the tokenizer beside it.
+    """A Llama from its folder, in any layout that `model.weights` reads, with the tokenizer beside it; laid out for
+    sampling, in the type it is kept in or as `config` rounds it.
 
     Raises:
       BadModelFile, BadCheckpoint: the model cannot be read.
@@ -123,7 +123,7 @@ def open_model(
     check_vocabulary(tokenizer, sizes.V)
     places = rules.model_shardings(mesh, rules.SAMPLE, llama.abstract(sizes))
     return ModelGenerate(
-        model=weights.load(folder, sizes, places),
+        model=quantized.quantize(weights.load(folder, sizes, places), config.weights),
         tokenizer=tokenizer,
         chat_format=chat_format,
         config=config,

@@ -1,6 +1,7 @@
 """What every stage of a run needs: where things are, which models there are, and how to go on where a kill left off."""
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from srlm_jax.data import world
 from srlm_jax.judge.rubric import Rubric, paper_rubric
-from srlm_jax.model import llama, weights
+from srlm_jax.model import llama, quantized, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.model.lora import check_rank
 from srlm_jax.parallel import hosts, rules
@@ -121,10 +122,14 @@ class Run:
 
     def to_sample(self, name: str) -> Llama:
         """The model of this run called `name`, laid out for sampling and in the dtype that it computes in, which the
-        weights would be cast to at each step: a copy beside the one that is kept."""
+        weights would be cast to at each step, or rounded as config.engine.weights says: a copy beside the one that is
+        kept."""
         config = self.settings.model.llama
         narrow = llama.abstract(dataclasses.replace(config, param_dtype=config.compute_dtype))
-        return reshard(self.to_train(name), rules.placed(self.sample_mesh, rules.SAMPLE, narrow))
+        as_sampled = functools.partial(quantized.quantize, weights=self.settings.engine.weights)
+        like = rules.placed(self.sample_mesh, rules.SAMPLE, jax.eval_shape(as_sampled, narrow))
+        # Rounded first: less has to travel.
+        return reshard(as_sampled(self.to_train(name)), like)
 
     def generate(self, name: str, stage: str) -> Generate:
         """The model of this run called `name` as a source of completions: by the server of config.endpoint, or on this

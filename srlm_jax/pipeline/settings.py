@@ -142,6 +142,7 @@ class Settings:
     shard_prompts: int  # prompts between two files that a killed run keeps
     logprob_chunk: int  # positions of a row whose logits are held at once
     length_multiple: int  # row lengths are rounded up to it
+    packed: bool  # documents share rows in SFT, reference and DPO; each has a row to itself where not
     reference_batch: int  # rows at a time when log-probabilities are computed
     model: ModelSettings
     chat: str  # the format of instructions and answers, a name in `text.chat.FORMATS`

@@ -10,6 +10,7 @@ from etils import epath
 
 from srlm_jax.data import batches
 from srlm_jax.data.batches import PairRow, Row
+from srlm_jax.data.packing import Packing, Shape, pack
 from srlm_jax.model import config_files, llama, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
@@ -24,7 +25,7 @@ from srlm_jax.records import (
 )
 from srlm_jax.storage import checkpoint, jsonl
 from srlm_jax.text import chat
-from srlm_jax.train.loop import train
+from srlm_jax.train.loop import TrainConfig, train
 from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective, response_logprobs
 
 
@@ -59,7 +60,7 @@ def _train_stage(
         return Outcome(counts, identity)
 
     outputs = [f"{name}/{output}" for output in ("checkpoint", "train_state", "metrics.jsonl", "tensorboard")]
-    fields = (part, "model", "chat", "logprob_chunk", "length_multiple", "context_length")
+    fields = (part, "model", "chat", "logprob_chunk", "length_multiple", "context_length", "packed")
     config = run.config(*fields, *(() if lora is None else ("lora",)))
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
     # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
@@ -113,7 +114,7 @@ def _pretrain(run: Run) -> None:
         model = run.settings.model.llama
         places = rules.model_shardings(run.train_mesh, rules.TRAIN, llama.abstract(model))
         init = jax.jit(lambda key: llama.init(model, key), out_shardings=places)
-        dataset = batches.packed_batches(rows, s.sequence_length, s.train.batch_size, run.settings.seed)
+        dataset = batches.filled_batches(rows, s.sequence_length, s.train.batch_size, run.settings.seed)
         objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
         return init(stage_key(run.settings.seed, "m0/init")), objective, dataset, {"documents": len(rows)}
 
@@ -130,13 +131,37 @@ def fine_tune(run: Run, name: str, files: Sequence[str], inputs: Sequence[str]) 
         fitting = [row for row in rows if row.length <= run.settings.context_length]
         if not fitting:
             raise EmptyStage(f"{name}: none of {len(rows)} examples fits config.context_length; raise it")
-        length = batches.padded_length([row.length for row in fitting], run.settings.length_multiple)
-        dataset = batches.padded_batches(fitting, length, s.train.batch_size, run.settings.seed)
-        objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
         counts = {"examples": len(fitting), "too_many_tokens": len(rows) - len(fitting)}
+        if run.settings.packed:
+            fitting = _enough(fitting, s.train.batch_size)
+            packing = _packing(run, s.train, [[row.length] for row in fitting])
+            shape = packing.smallest_shape(s.train.steps)
+            dataset = batches.packed_batches(fitting, shape, packing, s.train.steps)
+        else:
+            length = batches.padded_length([row.length for row in fitting], run.settings.length_multiple)
+            dataset = batches.padded_batches(fitting, length, s.train.batch_size, run.settings.seed)
+        objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
         return run.give_away("m0"), objective, dataset, counts
 
     _train_stage(run, name, make, part="sft", inputs=inputs)
+
+
+def _enough(examples: list, batch_size: int) -> list:
+    """The examples as often as it takes for a batch."""
+    return examples * -(-batch_size // len(examples))
+
+
+def _packing(run: Run, config: TrainConfig, lengths: Sequence[Sequence[int]]) -> Packing:
+    s = run.settings
+    return Packing(
+        lengths=np.asarray(lengths),
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        most=s.context_length,
+        length_multiple=s.length_multiple,
+        rows_multiple=run.train_mesh.shape["data"] * run.train_mesh.shape["fsdp"],
+        seed=s.seed,
+    )
 
 
 def example_row(run: Run, prompt: str, response: str) -> Row:
@@ -145,7 +170,7 @@ def example_row(run: Run, prompt: str, response: str) -> Row:
     return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response)), len(opening))
 
 
-compiled_logprobs = jax.jit(response_logprobs, static_argnames=("logprob_chunk", "dropout"))
+compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
 
 
 def reference_logprobs(run: Run, name: str, start: str) -> None:
@@ -153,17 +178,24 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
     s = run.settings
 
     def logprobs(model: Llama, rows: Sequence[Row], length: int) -> np.ndarray:
-        """In batches of one size; the last is filled up with copies of its first row."""
+        """In batches of one size, the last of which is filled up."""
         sharding = rules.sharding(run.train_mesh, rules.TRAIN, ("batch",))
-        found = []
-        for first in range(0, len(rows), s.reference_batch):
-            part = list(rows[first : first + s.reference_batch])
-            batch = batches.token_batch(part + part[:1] * (s.reference_batch - len(part)), length)
-            batch = hosts.spread(batch, sharding)
-            with jax.set_mesh(run.train_mesh):
-                logprobs_B = compiled_logprobs(model, batch, s.logprob_chunk, None)
-            found.append(hosts.fetch(logprobs_B)[: len(part)])
-        return np.concatenate(found)
+        size, found = s.reference_batch, []
+        if s.packed:
+            groups = pack([row.length for row in rows], length)
+            shape, documents = Shape(size, length), 2 * s.shard_prompts
+            made = [batches.packed_batch(rows, groups[i : i + size], shape) for i in range(0, len(groups), size)]
+        else:
+            whole = [*rows, *rows[:1] * (-len(rows) % size)]
+            documents = size
+            made = [batches.token_batch(whole[i : i + size], length) for i in range(0, len(whole), size)]
+        with jax.set_mesh(run.train_mesh):
+            for batch in made:
+                spread = hosts.spread(batch, sharding)
+                found.append(compiled_logprobs(model, spread, documents, s.logprob_chunk, None))
+        found = hosts.fetch(found)
+        # Packed, each document is in one of the batches, and the others give 0 for it.
+        return (np.sum(found, axis=0) if s.packed else np.concatenate(found))[: len(rows)]
 
     def work() -> Outcome:
         model = run.to_train(start)
@@ -201,7 +233,9 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
     run.ledger.run(
         f"{name}/reference",
         work,
-        config=run.config("model", "chat", "logprob_chunk", "length_multiple", "reference_batch", "shard_prompts"),
+        config=run.config(
+            "model", "chat", "logprob_chunk", "length_multiple", "packed", "reference_batch", "shard_prompts"
+        ),
         inputs=(f"{name}/pairs", f"{start}/train"),
         outputs=(f"{name}/reference",),
     )
@@ -221,10 +255,17 @@ def train_on_preferences(run: Run, name: str, start: str) -> None:
             )
             for pair in jsonl.read(run.workdir / name / "reference", ReferencePair)
         ]
-        lengths = [row.length for pair in rows for row in (pair.chosen, pair.rejected)]
-        length = batches.padded_length(lengths, run.settings.length_multiple)
-        dataset = batches.pair_batches(rows, length, s.train.batch_size, run.settings.seed)
+        counts = {"pairs": len(rows)}
+        if run.settings.packed:
+            rows = _enough(rows, s.train.batch_size)
+            packing = _packing(run, s.train, [[pair.chosen.length, pair.rejected.length] for pair in rows])
+            shape = packing.smallest_shape(s.train.steps)
+            dataset = batches.packed_pairs(rows, shape, packing, s.train.steps)
+        else:
+            lengths = [row.length for pair in rows for row in (pair.chosen, pair.rejected)]
+            length = batches.padded_length(lengths, run.settings.length_multiple)
+            dataset = batches.padded_pairs(rows, length, s.train.batch_size, run.settings.seed)
         objective = DpoObjective(beta=s.beta, dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
-        return run.give_away(start), objective, dataset, {"pairs": len(rows)}
+        return run.give_away(start), objective, dataset, counts
 
     _train_stage(run, name, make, part="dpo", inputs=(f"{name}/reference", f"{start}/train"))

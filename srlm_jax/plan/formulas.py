@@ -44,14 +44,26 @@ def param_bytes(c: LlamaConfig) -> int:
     return c.parameters * _BYTES[c.param_dtype]
 
 
-def sample_bytes(c: LlamaConfig) -> int:
-    """Of all weights, as they are sampled with."""
-    return c.parameters * _BYTES[c.compute_dtype]
+def sample_bytes(c: LlamaConfig, weights: str | None) -> int:
+    """Of all weights, as they are sampled with: config.engine.weights."""
+    wide = _BYTES[c.compute_dtype]
+    return c.parameters * wide if weights is None else (c.parameters - projections(c)) * wide + rounded_bytes(c)
 
 
-def kv_token_bytes(c: LlamaConfig) -> int:
-    """Of one token's keys and values over all layers."""
-    return 2 * c.L * c.K * c.H * _BYTES[c.compute_dtype]
+def rounded_bytes(c: LlamaConfig) -> int:
+    """Of the projections in 8 bits, with a scale for each output."""
+    return projections(c) + c.L * ((c.N + 2 * c.K) * c.H + 2 * c.F + 2 * c.D) * _BYTES[c.compute_dtype]
+
+
+def projections(c: LlamaConfig) -> int:
+    """Numbers of all that `model.quantized` rounds."""
+    return c.L * (c.D * c.H * (2 * c.N + 2 * c.K) + 3 * c.D * c.F)
+
+
+def kv_token_bytes(c: LlamaConfig, cache: str | None) -> int:
+    """Of one token's keys and values over all layers: config.engine.cache."""
+    of_a_head = c.H * _BYTES[c.compute_dtype] if cache is None else c.H + 4  # a scale in float32
+    return 2 * c.L * c.K * of_a_head
 
 
 def block_flops(c: LlamaConfig, tokens: int, keys: int) -> float:
@@ -60,8 +72,7 @@ def block_flops(c: LlamaConfig, tokens: int, keys: int) -> float:
     So plain attention computes. A fused causal kernel skips nearly half of the scores, and computes some of them twice
     more on the way back; neither is counted.
     """
-    weights = c.D * c.H * (2 * c.N + 2 * c.K) + 3 * c.D * c.F
-    return 2.0 * c.L * tokens * (weights + 2 * c.N * c.H * keys)
+    return 2.0 * tokens * (projections(c) + c.L * 2 * c.N * c.H * keys)
 
 
 def head_flops(c: LlamaConfig, tokens: int) -> float:
@@ -150,39 +161,40 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
         # Weights, gradients and two moments; and the sum of the gradients so far beside a microbatch's own.
         # Where they are wider than what is computed in, the compiler narrows all of them before the loop over layers.
         resident_bytes=frozen
-        + (0.0 if c.param_dtype == c.compute_dtype else sample_bytes(c) / split.weights)
+        + (0.0 if c.param_dtype == c.compute_dtype else sample_bytes(c, None) / split.weights)
         + (4 if accumulate == 1 else 5) * trained
         + _activations(c, split, rows // accumulate, length, kept=True),
     )
 
 
-def prefill_cost(c: LlamaConfig, split: Split, room: Shape, at_once: int, held: float) -> Cost:
+def prefill_cost(c: LlamaConfig, split: Split, room: Shape, at_once: int, weights: str | None, held: float) -> Cost:
     """Reading `at_once` groups: what prompts share, then the rest of each, as long as there is room for."""
     own, wide = split.own_rows(at_once), _BYTES[c.compute_dtype]
     shared, rest, _ = room.slots
     flops = block_flops(c, own * shared, shared) + block_flops(c, own * room.prompts * rest, rest + shared)
     tokens = own * (shared + room.prompts * rest)
+    written = tokens * kv_token_bytes(c, room.cache) / split.tensor
     # Each chunk of the group's level and of the prompts' is a pass over all weights.
     passes = sum(max(1, slots // CHUNK) for slots in (shared, rest))
     return Cost(
         flops=flops / split.tensor,
-        memory_bytes=passes * sample_bytes(c) / split.weights + tokens * kv_token_bytes(c) / split.tensor,
+        memory_bytes=passes * sample_bytes(c, weights) / split.weights + written,
         link_bytes=2 * _gathered(2 * c.L * tokens * c.D * wide, split.tensor),
-        resident_bytes=held + 2 * tokens * kv_token_bytes(c) / split.tensor,
+        resident_bytes=held + 2 * written,
     )
 
 
-def decode_cost(c: LlamaConfig, split: Split, room: Shape, steps: int) -> Cost:
+def decode_cost(c: LlamaConfig, split: Split, room: Shape, weights: str | None, steps: int) -> Cost:
     """`steps` tokens of every row; each step reads all slots of each level once for all rows that share them."""
     rows, groups, wide = split.own_rows(room.rows), split.own_rows(room.groups), _BYTES[c.compute_dtype]
     shared, rest, own = room.slots
-    held = (groups * (shared + room.prompts * rest) + rows * own) * kv_token_bytes(c) / split.tensor
+    held = (groups * (shared + room.prompts * rest) + rows * own) * kv_token_bytes(c, room.cache) / split.tensor
     flops = block_flops(c, rows, sum(room.slots)) + head_flops(c, rows)
-    weights = sample_bytes(c) / split.weights
+    read = sample_bytes(c, weights) / split.weights
     reduced = 2 * c.L * rows * c.D * wide
     return Cost(
         flops=steps * flops / split.tensor,
-        memory_bytes=steps * (weights + held),
+        memory_bytes=steps * (read + held),
         link_bytes=steps * 2 * _gathered(reduced, split.tensor),
-        resident_bytes=weights + held,
+        resident_bytes=read + held,
     )

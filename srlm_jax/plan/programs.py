@@ -1,6 +1,7 @@
 """The programs of an iteration: the pipeline's own compiled functions, with shapes in place of arrays."""
 
 import dataclasses
+import functools
 import math
 import re
 import resource
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from srlm_jax.data.batches import PairBatch, TokenBatch
-from srlm_jax.model import llama, lora
+from srlm_jax.data.packing import Shape
+from srlm_jax.model import llama, lora, quantized
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel import reshard as resharding
@@ -24,7 +26,7 @@ from srlm_jax.plan.formulas import Cost, Split
 from srlm_jax.records import SamplingParams
 from srlm_jax.sampling import decode as dec
 from srlm_jax.sampling import engine
-from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState, Shape
+from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState
 from srlm_jax.sampling.prefill import CHUNK, prefill_prefix
 from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective
 from srlm_jax.train.step import make_train_step
@@ -34,6 +36,10 @@ from srlm_jax.train.step import make_train_step
 CHAT_FRAME = 16
 RUBRIC_BEFORE, RUBRIC_BEHIND = 272, 107
 STOP_LENGTH = 8  # tokens of the longest stop sequence; a few numbers a row
+# Mean lengths in tokens where a program's own length is only the most that it may be, and how many positions packed
+# documents take for each of their tokens: assumptions, stated in the output.
+ANSWER, EXAMPLE, PACKED = 400, 700, 1.03  # an example of SFT: two of IFT to one of EFT, which the rubric is part of
+ANSWERED = CHAT_FRAME + 80 + ANSWER  # an instruction and its answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,7 @@ class TooLarge:
 class SamplingShape:
     """How the engine lays out a stage's prompts; see `sampling.engine`."""
 
-    room: Shape
+    room: dec.Shape
     at_once: int
     prefix: int
     params: SamplingParams
@@ -92,7 +98,7 @@ def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
 
     def shape(prompts: int, params: SamplingParams, prefix: int, shared: int, rest: int) -> SamplingShape:
         slots = (engine.bucket(shared), engine.bucket(rest), engine.bucket(params.max_new_tokens))
-        room, at_once = engine.shape(s.engine.rows, s.shard_prompts, prompts, params.samples, slots, STOP_LENGTH, data)
+        room, at_once = engine.shape(s.engine, s.shard_prompts, prompts, params.samples, slots, STOP_LENGTH, data)
         return SamplingShape(room, at_once, prefix, params)
 
     before = RUBRIC_BEFORE // 16 * 16
@@ -102,14 +108,37 @@ def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
     }
 
 
-def _token_batch(rows: int, length: int, place: jax.sharding.NamedSharding) -> TokenBatch:
-    shape = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
-    return TokenBatch(shape(jnp.int32), shape(jnp.int32), shape(jnp.float32), shape(jnp.int32), shape(jnp.int32))
+def _token_batch(shape: Shape, place: jax.sharding.NamedSharding, *, packed: bool) -> TokenBatch:
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    segments = array(jnp.int32) if packed else None
+    return TokenBatch(array(jnp.int32), array(jnp.int32), array(jnp.float32), array(jnp.int32), segments)
 
 
 def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(mesh))
+
+
+def train_shapes(s: Settings, groups: int) -> dict[str, Shape]:
+    """Rows and positions of each training program's batch: rows of the most positions, and as many as its examples need
+    at mean lengths where they are packed."""
+
+    def shape(documents: int, tokens: int, accumulate: int) -> Shape:
+        if not s.packed:
+            return Shape(documents, row_length(s))
+        together = groups * accumulate
+        return Shape(math.ceil(packed_rows(s, documents, tokens) / together) * together, row_length(s))
+
+    return {
+        "SFT step": shape(s.sft.train.batch_size, EXAMPLE, s.sft.train.accumulate),
+        "reference": Shape(s.reference_batch, row_length(s)),
+        "DPO step": shape(2 * s.dpo.train.batch_size, ANSWERED, s.dpo.train.accumulate),
+    }
+
+
+def packed_rows(s: Settings, documents: float, tokens: int) -> float:
+    """That so many documents of so many tokens fill on average."""
+    return PACKED * documents * min(tokens, row_length(s)) / row_length(s)
 
 
 def row_length(s: Settings) -> int:
@@ -127,29 +156,37 @@ def sample_split(shape: MeshShape) -> Split:
 
 def costs(s: Settings, shape: MeshShape) -> dict[str, Cost]:
     """Every program's cost on one chip, by formula."""
-    c, length, split, sample = s.model.llama, row_length(s), train_split(shape), sample_split(shape)
-    found = {
-        "SFT step": formulas.train_cost(c, split, s.sft.train.batch_size, length, s.sft.train.accumulate, s.lora.rank),
-        "reference": formulas.forward_cost(c, split, s.reference_batch, length),
-        "DPO step": formulas.train_cost(
-            c, split, 2 * s.dpo.train.batch_size, length, s.dpo.train.accumulate, s.lora.rank
-        ),
-    }
+    c, split, sample = s.model.llama, train_split(shape), sample_split(shape)
+    shapes = train_shapes(s, split.rows)
+    found = {"reference": formulas.forward_cost(c, split, *shapes["reference"])}
+    for name, part in (("SFT step", s.sft), ("DPO step", s.dpo)):
+        found[name] = formulas.train_cost(c, split, *shapes[name], part.train.accumulate, s.lora.rank)
     for stage, x in sampling_shapes(s, sample.rows).items():
-        decode = formulas.decode_cost(c, sample, x.room, s.engine.steps)
-        found[f"prefill, {stage}"] = formulas.prefill_cost(c, sample, x.room, x.at_once, decode.resident_bytes)
+        decode = formulas.decode_cost(c, sample, x.room, s.engine.weights, s.engine.steps)
+        found[f"prefill, {stage}"] = formulas.prefill_cost(
+            c, sample, x.room, x.at_once, s.engine.weights, decode.resident_bytes
+        )
         found[f"decode, {stage}"] = decode
-    both = formulas.param_bytes(c) / split.weights + formulas.sample_bytes(c) / sample.weights
-    moved = formulas.sample_bytes(c) * (1 / sample.weights - 1 / split.weights)
-    found["reshard"] = Cost(flops=0.0, memory_bytes=both, link_bytes=moved, resident_bytes=both)
+    sampled = formulas.sample_bytes(c, s.engine.weights)
+    kept, copy = formulas.param_bytes(c) / split.weights, sampled / sample.weights
+    # What is rounded first is there once more, beside `kept_bytes`, and is written and read on the way.
+    rounded = 0.0 if s.engine.weights is None else formulas.rounded_bytes(c) / split.weights
+    found["reshard"] = Cost(
+        flops=0.0,
+        memory_bytes=kept + copy + 2 * rounded,
+        link_bytes=sampled * (1 / sample.weights - 1 / split.weights),
+        resident_bytes=kept + copy + rounded - kept_bytes(s, shape, "reshard"),
+    )
     return found
 
 
 def kept_bytes(s: Settings, shape: MeshShape, name: str) -> float:
     """What a run keeps on a chip beside a program's own arrays: while it samples with a copy of the weights, they
-    themselves."""
+    themselves; and of what it rounds before it moves it, what that was."""
     c = s.model.llama
-    one_and_the_same = shape.fsdp == 1 and c.param_dtype == c.compute_dtype
+    if name == "reshard" and s.engine.weights is not None:
+        return formulas.projections(c) / c.parameters * formulas.param_bytes(c) / train_split(shape).weights
+    one_and_the_same = shape.fsdp == 1 and c.param_dtype == c.compute_dtype and s.engine.weights is None
     if not name.startswith(("prefill", "decode")) or one_and_the_same:
         return 0.0
     return formulas.param_bytes(c) / train_split(shape).weights
@@ -160,13 +197,19 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
     train_mesh, sample_mesh = meshes.train_mesh_over(shape, devices), meshes.sample_mesh_over(shape, devices)
     shapes, cost = llama.abstract(s.model.llama), costs(s, shape)
     narrow = llama.abstract(dataclasses.replace(s.model.llama, param_dtype=s.model.compute_dtype))
-    to_train, to_sample = rules.placed(train_mesh, rules.TRAIN, shapes), rules.placed(sample_mesh, rules.SAMPLE, narrow)
+    as_sampled = functools.partial(quantized.quantize, weights=s.engine.weights)
+    to_train = rules.placed(train_mesh, rules.TRAIN, shapes)
+    to_move = rules.placed(train_mesh, rules.TRAIN, jax.eval_shape(as_sampled, shapes))
+    to_sample = rules.placed(sample_mesh, rules.SAMPLE, jax.eval_shape(as_sampled, narrow))
     trainable, frozen = to_train, None
     if s.lora.rank is not None:
         adapters = jax.eval_shape(lambda: lora.init(shapes, s.lora, jax.random.key(0)))
         trainable, frozen = rules.placed(train_mesh, rules.TRAIN, adapters), to_train
     rows = rules.sharding(train_mesh, rules.TRAIN, ("batch",))
-    length = row_length(s)
+    batch = {
+        name: _token_batch(size, rows, packed=s.packed)
+        for name, size in train_shapes(s, train_split(shape).rows).items()
+    }
 
     def step(name: str, objective: Objective, part, batch) -> Program:
         function, tx = make_train_step(objective, part.train.optimizer, part.train.steps, part.train.accumulate)
@@ -177,24 +220,23 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
 
     sft = SftObjective(dropout=s.sft.dropout, logprob_chunk=s.logprob_chunk)
     dpo = DpoObjective(beta=s.dpo.beta, dropout=s.dpo.dropout, logprob_chunk=s.logprob_chunk)
-    pairs = s.dpo.train.batch_size
-    half = _token_batch(pairs, length, rows)
-    sums = jax.ShapeDtypeStruct((pairs,), jnp.float32, sharding=rows)
+    sums = jax.ShapeDtypeStruct((s.dpo.train.batch_size,), jnp.float32, sharding=rows)
+    documents = 2 * s.shard_prompts if s.packed else s.reference_batch
     found = [
-        step("SFT step", sft, s.sft, _token_batch(s.sft.train.batch_size, length, rows)),
+        step("SFT step", sft, s.sft, batch["SFT step"]),
         Program(
             "reference",
-            lambda weights, batch: training.compiled_logprobs(weights, batch, s.logprob_chunk, None),
-            {"weights": to_train, "batch": _token_batch(s.reference_batch, length, rows)},
+            lambda weights, batch: training.compiled_logprobs(weights, batch, documents, s.logprob_chunk, None),
+            {"weights": to_train, "batch": batch["reference"]},
             train_mesh,
             1,
             cost["reference"],
         ),
-        step("DPO step", dpo, s.dpo, PairBatch(half, half, sums, sums)),
+        step("DPO step", dpo, s.dpo, PairBatch(batch["DPO step"], sums, sums)),
     ]
     for stage, x in sampling_shapes(s, sample_mesh.shape["data"]).items():
         found += _sampling(s, stage, x, to_sample, sample_mesh, cost)
-    return [*found, _reshard(to_train, to_sample, cost["reshard"])]
+    return [*found, _reshard(to_move, to_sample, cost["reshard"])]
 
 
 def _reshard(model: Llama, like: Llama, cost: Cost) -> Program:
@@ -209,7 +251,8 @@ def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cos
     prefix = None
     if x.prefix:
         shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
-        prefix = jax.eval_shape(prefill_prefix, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
+        prefill = functools.partial(prefill_prefix, cache=x.room.cache)
+        prefix = jax.eval_shape(prefill, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
     state = jax.eval_shape(lambda prefix, seed: dec.start(model, prefix, x.room, seed), prefix, seed)
     state: DecodeState = jax.tree.map(
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, engine.shardings(mesh, state)

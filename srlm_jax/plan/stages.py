@@ -7,9 +7,10 @@ from srlm_jax.pipeline.settings import Settings
 from srlm_jax.plan import programs
 from srlm_jax.plan.chips import Slice
 from srlm_jax.plan.formulas import Cost
+from srlm_jax.plan.programs import ANSWER, ANSWERED, EXAMPLE, PACKED
 
 # Mean lengths in tokens, where a program's own length is only the most it may be: assumptions, stated in the output.
-ANSWER, JUDGEMENT, NEW_PROMPT = 400, 150, 60
+JUDGEMENT, NEW_PROMPT = 150, 60
 COMPLETIONS_PER_PROMPT = 1.2  # of self-instruction, for one that the filters accept
 PAIRS_PER_PROMPT = 0.75  # whose answers the judge does not score alike
 RANKED_ANSWERS = 2.85  # of a human-ranked prompt (section 3.1.1)
@@ -80,12 +81,13 @@ def stages(s: Settings, data: int) -> list[Stage]:
         found.append(
             Stage("new prompts", sampling("responses", groups, NEW_PROMPT, s.self_instruction.sampling.max_new_tokens))
         )
-    pairs = prompts * PAIRS_PER_PROMPT
+    answers = 2 * prompts * PAIRS_PER_PROMPT
+    rows = programs.packed_rows(s, answers, ANSWERED) if s.packed else answers
     return [
         *found,
         Stage("responses", sampling("responses", prompts, ANSWER, s.responses.max_new_tokens)),
         Stage("judgements", sampling("judgements", prompts, JUDGEMENT, s.judging.max_new_tokens)),
-        Stage("reference", {"reference": 2 * pairs / s.reference_batch}),
+        Stage("reference", {"reference": rows / s.reference_batch}),
         Stage("DPO", {"DPO step": s.dpo.train.steps, "reshard": 1}),
         evaluation,
     ]
@@ -96,7 +98,13 @@ def assumptions(s: Settings, data: int) -> list[str]:
     shapes = programs.sampling_shapes(s, data)
     found = [
         f"an answer has {ANSWER} tokens on average and a judgement {JUDGEMENT}, or the most that may be drawn",
-        f"every row is padded to {programs.row_length(s)} positions (config.context_length)",
+        f"every row of a training has {programs.row_length(s)} positions (config.context_length), "
+        + (
+            f"which examples of {EXAMPLE} tokens in SFT and answers of {ANSWERED} in DPO, prompts included, fill but "
+            f"for {1 - 1 / PACKED:.0%} (config.packed)"
+            if s.packed
+            else "and holds one example"
+        ),
         "every chip runs at its data sheet's peak in what bounds it: real programs take longer",
         "the slots of the engine are always full: " + "; ".join(
             f"{stage} {shape.room.rows} rows" for stage, shape in shapes.items()

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from srlm_jax.model import cache as kv
 from srlm_jax.model.attention import ALL, Siblings
 from srlm_jax.model.cache import Cache, Level
+from srlm_jax.model.int8 import Slots
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.sampling import filters
@@ -52,6 +53,7 @@ class Shape:
     rows: int  # B
     slots: tuple[int, int, int]  # of the group level, the prompt level and the leaf
     stop_length: int  # M
+    cache: str | None  # "int8": keys and values are kept in 8 bits
 
     @property
     def held_samples(self) -> int:
@@ -88,8 +90,8 @@ class DecodeState:
     prefix: Level | None
     groups: Level
     prompts: Level
-    k_LBKSH: Float[Array, "L B K S H"]
-    v_LBKSH: Float[Array, "L B K S H"]
+    k_LBKSH: Float[Array, "L B K S H"] | Slots
+    v_LBKSH: Float[Array, "L B K S H"] | Slots
     clock: Int[Array, ""]
     first_X: Int[Array, "X"]
     start_X: Int[Array, "X"]
@@ -111,7 +113,8 @@ def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> Deco
 
     def level(rows: int, slots: int) -> Level:
         # Two arrays, not one twice: the state is donated, and no buffer can be donated twice.
-        return Level(kv.empty(config, rows, slots), kv.empty(config, rows, slots), jnp.zeros(rows, jnp.int32))
+        k, v = (kv.empty(config, rows, slots, shape.cache) for _ in range(2))
+        return Level(k, v, jnp.zeros(rows, jnp.int32))
 
     leaf = level(B, shape.slots[2])
     zeros = lambda *sizes: jnp.zeros(sizes, jnp.int32)
@@ -163,22 +166,20 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
     D = state.head_D.shape[0]
     parents = () if state.prefix is None else (state.prefix,)
     start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.length_R[0])
-    group_level = prefill(
-        model, parents, None, new.group_tokens_AT, new.group_length_A, start_A, data=D, halvings=0
-    )  # fmt: skip
+    read = functools.partial(
+        prefill, model, parents, data=D, cache="int8" if isinstance(state.k_LBKSH, Slots) else None
+    )
+    group_level = read(None, new.group_tokens_AT, new.group_length_A, start_A, halvings=0)
     start_AP = jnp.broadcast_to((start_A + new.group_length_A)[:, None], (A, P))
     # The rows of each group of devices by their length, so that those that end early are out of the way of the others.
     order_DX = jnp.argsort(-new.prompt_length_AP.reshape(D, -1), axis=1)
     by_length = lambda x: jax.vmap(lambda x, order: x[order])(x.reshape(*order_DX.shape, *x.shape[2:]), order_DX)
     flat = lambda x: by_length(x).reshape(A * P, *x.shape[2:])
-    prompt_level = prefill(
-        model,
-        parents,
+    prompt_level = read(
         Below(group_level, order_DX),
         flat(new.prompt_tokens_APT),
         flat(new.prompt_length_AP),
         flat(start_AP),
-        data=D,
         halvings=HALVINGS,
     )
 
@@ -195,11 +196,9 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
         return jax.vmap(write, (axis, axis, 0), axis)(*shares, entries_DI).reshape(old.shape)
 
     def put_level(old: Level, fresh: Level, entries_DI: Array) -> Level:
-        return Level(
-            put(old.k_LRKSH, fresh.k_LRKSH, 1, entries_DI),
-            put(old.v_LRKSH, fresh.v_LRKSH, 1, entries_DI),
-            put(old.length_R, fresh.length_R, 0, entries_DI),
-        )
+        stacks = [(level.k_LRKSH, level.v_LRKSH) for level in (old, fresh)]
+        k, v = jax.tree.map(lambda old, fresh: put(old, fresh, 1, entries_DI), *stacks)
+        return Level(k, v, put(old.length_R, fresh.length_R, 0, entries_DI))
 
     def put_samples(old: Array, fresh_APC: Array) -> Array:
         return put(old, jnp.broadcast_to(fresh_APC, (A, P, C)).reshape(-1), 0, every(P * C))

@@ -27,10 +27,17 @@ HELD_PER_ROW = 1.75
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How wide and how patient the engine is; neither changes what is sampled."""
+    """How wide and how patient the engine is, neither of which changes what is sampled; and what it rounds."""
 
     rows: int  # samples decoded at once on a process's devices, or on all where only they hold the weights
     steps: int  # tokens between two looks at which rows have ended
+    weights: str | None  # "int8": the projections are sampled with in 8 bits (`model.quantized`); None: as they are
+    cache: str | None  # "int8": keys and values are kept in 8 bits (`model.cache`); None: as they are
+
+    def __post_init__(self):
+        for name in ("weights", "cache"):
+            if (kept := getattr(self, name)) not in (None, "int8"):
+                raise ValueError(f"{name} can be 'int8', or left out to round nothing; not {kept!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,18 +104,31 @@ def _common(sequences: Sequence[Ids]) -> int:
 
 
 def shape(
-    rows: int, groups: int, prompts: int, samples: int, slots: tuple[int, int, int], stop_length: int, data: int
+    config: EngineConfig,
+    groups: int,
+    prompts: int,
+    samples: int,
+    slots: tuple[int, int, int],
+    stop_length: int,
+    data: int,
 ) -> tuple[Shape, int]:
     """The room that so many groups are sampled in, and how many of them are read at once; all of it alike on each of
     `data` groups of devices. Few groups take few shapes, so that the last of many calls compiles nothing new."""
     up = lambda n: -(-n // data) * data
     per_group = prompts * samples
-    rows = up(min(rows, groups * per_group))
+    rows = up(min(config.rows, groups * per_group))
     at_once = up(max(1, rows // per_group // 4))
     held = math.ceil(HELD_PER_ROW * rows / per_group) + at_once
     held = up(min(held, 1 << (groups - 1).bit_length()))
     return Shape(
-        data=data, groups=held, prompts=prompts, samples=samples, rows=rows, slots=slots, stop_length=stop_length
+        data=data,
+        groups=held,
+        prompts=prompts,
+        samples=samples,
+        rows=rows,
+        slots=slots,
+        stop_length=stop_length,
+        cache=config.cache,
     ), min(at_once, held)
 
 
@@ -199,7 +219,7 @@ def _run(
 ) -> Iterator[tuple[int, Samples]]:
     stops = _pad_stops(draw.stops)
     room, at_once = shape(
-        config.rows, len(groups), layout.prompts, draw.samples, layout.slots, stops.shape[1], mesh.shape["data"]
+        config, len(groups), layout.prompts, draw.samples, layout.slots, stops.shape[1], mesh.shape["data"]
     )
     decode_config = DecodeConfig(temperature=draw.temperature, top_p=draw.top_p, steps=config.steps)
     prefix = None
@@ -207,7 +227,7 @@ def _run(
         length = len(layout.prefix)
         tokens = np.zeros((1, prefix_slots(length)), np.int32)
         tokens[0, :length] = layout.prefix
-        prefix = prefill_prefix(model, tokens, np.full(1, length, np.int32))
+        prefix = prefill_prefix(model, tokens, np.full(1, length, np.int32), cache=room.cache)
         work.prefilled_tokens += length
     state = _start(model, prefix, room, key, mesh)
 

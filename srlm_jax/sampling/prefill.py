@@ -4,6 +4,7 @@ Axes: R rows, T tokens, D groups of devices with R / D rows of their own, X = R 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def prefill(
     *,
     data: int,
     halvings: int,
+    cache: str | None,
 ) -> Level:
     """The level of rows of tokens.
 
@@ -59,6 +61,7 @@ def prefill(
       lengths_R: how many tokens each row has. With `halvings`, those of each of the `data` groups in falling order.
       start_R: the place of a row's first token in its document.
       halvings: how often half of the rows is left out, once it has ended.
+      cache: how keys and values are kept; see `cache.empty`.
     """
     R, T = tokens_RT.shape
     own = R // data
@@ -74,9 +77,9 @@ def prefill(
         groups = x.reshape(x.shape[0], data, own, *x.shape[2:])
         return groups.at[:, :, :rows].set(first.reshape(x.shape[0], data, rows, *x.shape[2:])).reshape(x.shape)
 
-    def read(at: Int[Array, ""], leaf: tuple[Array, Array], rows: int, length: int) -> tuple[Array, Array]:
+    def read(at: Int[Array, ""], leaf: tuple, rows: int, length: int) -> tuple:
         tokens = jax.lax.dynamic_slice_in_dim(leading(tokens_RT, rows, 0), at, length, axis=1)
-        cache = Cache(
+        before = Cache(
             parents=parents,
             shared=() if below is None else (below.level,),
             siblings=None if below is None else below.siblings(rows),
@@ -88,19 +91,19 @@ def prefill(
             among_themselves=True,
         )
         positions = leading(start_R, rows, 0)[:, None] + at + jnp.arange(length)[None]
-        _, cache = model(tokens, positions, segments_BT=None, cache=cache, dropout=None)
-        return cache.k_LBKSH, cache.v_LBKSH
+        _, after = model(tokens, positions, segments_BT=None, cache=before, dropout=None)
+        return after.k_LBKSH, after.v_LBKSH
 
-    at, leaf = jnp.int32(0), (kv.empty(model.config, R, T), kv.empty(model.config, R, T))
+    at, leaf = jnp.int32(0), (kv.empty(model.config, R, T, cache), kv.empty(model.config, R, T, cache))
     if T <= CHUNK:
         return Level(*read(at, leaf, own, T), lengths_R)
     for rows, fewer in _widths(own, halvings):
         until = jnp.max(lengths_R.reshape(data, own)[:, fewer] if fewer else lengths_R)
-        part = leaf if rows == own else tuple(leading(x, rows, 1) for x in leaf)
+        part = leaf if rows == own else jax.tree.map(lambda x, rows=rows: leading(x, rows, 1), leaf)
         goes_on = lambda carry, until=until: carry[0] < until
         step = lambda carry, rows=rows: (carry[0] + CHUNK, read(*carry, rows, CHUNK))
         at, part = jax.lax.while_loop(goes_on, step, (at, part))
-        leaf = part if rows == own else tuple(back(x, first, rows) for x, first in zip(leaf, part, strict=True))
+        leaf = part if rows == own else jax.tree.map(lambda x, first, rows=rows: back(x, first, rows), leaf, part)
     return Level(*leaf, lengths_R)
 
 
@@ -123,14 +126,21 @@ def positions_read(lengths_DX: np.ndarray, slots: int, halvings: int) -> int:
     return found
 
 
-@jax.jit
-def prefill_prefix(model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"]) -> Level:
-    """The level of the tokens that all prompts begin with, filled up behind."""
+@functools.partial(jax.jit, static_argnames="cache")
+def prefill_prefix(
+    model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"], *, cache: str | None
+) -> Level:
+    """The level of the tokens that all prompts begin with, filled up behind; kept as `cache` says."""
     T = tokens_1T.shape[1]
-    empty = kv.empty(model.config, 1, T)
-    cache = Cache(
-        parents=(), shared=(), siblings=None, k_LBKSH=empty, v_LBKSH=empty, slot=jnp.int32(0), readable=None,
+    before = Cache(
+        parents=(),
+        shared=(),
+        siblings=None,
+        k_LBKSH=kv.empty(model.config, 1, T, cache),
+        v_LBKSH=kv.empty(model.config, 1, T, cache),
+        slot=jnp.int32(0),
+        readable=None,
         among_themselves=True,
-    )  # fmt: skip
-    _, cache = model(tokens_1T, jnp.arange(T)[None], segments_BT=None, cache=cache, dropout=None)
-    return Level(cache.k_LBKSH, cache.v_LBKSH, length_1)
+    )
+    _, after = model(tokens_1T, jnp.arange(T)[None], segments_BT=None, cache=before, dropout=None)
+    return Level(after.k_LBKSH, after.v_LBKSH, length_1)

@@ -1,7 +1,9 @@
 """The losses, as pure functions of arrays. Importing this file loads nothing but jax and numpy.
 
-Axes: B rows, T tokens, D width, V vocabulary, P preference pairs.
+Axes: B rows, T tokens, D width, V vocabulary, P preference pairs, N documents.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,26 +24,74 @@ def token_logprobs(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Ar
     Returns:
       float32 [B, T], in nats.
     """
-    B, T, D = hidden_BTD.shape
+    if chunk >= hidden_BTD.shape[1]:
+        return jax.checkpoint(lambda *arrays: _chunk_logprobs(*arrays)[0])(hidden_BTD, head_DV, targets_BT)
+    return _chunked(hidden_BTD, head_DV, targets_BT, chunk)
 
-    @jax.checkpoint
-    def one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
-        logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
-        taken_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return taken_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
-    if chunk >= T:
-        return one_chunk(hidden_BTD, targets_BT)
+def _logits(hidden_BCD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    return jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+
+
+def _chunk_logprobs(hidden_BCD: jax.Array, head_DV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the targets, and of each position the log-sum-exp of its logits."""
+    logits_BCV = _logits(hidden_BCD, head_DV)
+    taken_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    return taken_BC - lse_BC, lse_BC
+
+
+# The gradient by hand: the log-sum-exp is kept, so that the way back makes logits once more and nothing else; both
+# gradients come from one array of them, which is rounded to the type of the hidden states before it is multiplied.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunked(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
+    return _chunked_forward(hidden_BTD, head_DV, targets_BT, chunk)[0]
+
+
+def _chunked_forward(hidden_BTD, head_DV, targets_BT, chunk):
+    def one(_, pieces):
+        hidden_BCD, targets_BC = pieces
+        return None, _chunk_logprobs(hidden_BCD, head_DV, targets_BC)
+
+    _, found = jax.lax.scan(one, None, (_cut(hidden_BTD, chunk), _cut(targets_BT, chunk)))
+    logprobs_BT, lse_BT = (_joined(x, targets_BT.shape[1]) for x in found)
+    return logprobs_BT, (hidden_BTD, head_DV, targets_BT, lse_BT)
+
+
+def _chunked_backward(chunk, kept, gradient_BT):
+    hidden_BTD, head_DV, targets_BT, lse_BT = kept
+    tokens_1V = jnp.arange(head_DV.shape[1]).reshape(1, 1, -1)
+
+    def one(head_gradient_DV, pieces):
+        hidden_BCD, targets_BC, lse_BC, gradient_BC = pieces
+        # d log p(target) / d logits = one at the target - softmax
+        softmax_BCV = jnp.exp(_logits(hidden_BCD, head_DV) - lse_BC[..., None])
+        on_BCV = gradient_BC[..., None] * ((tokens_1V == targets_BC[..., None]) - softmax_BCV)
+        on_BCV = on_BCV.astype(hidden_BTD.dtype)
+        multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        hidden_gradient_BCD = multiply("bcv,dv->bcd", on_BCV, head_DV).astype(hidden_BTD.dtype)
+        return head_gradient_DV + multiply("bcd,bcv->dv", hidden_BCD, on_BCV), hidden_gradient_BCD
+
+    pieces = tuple(_cut(x, chunk) for x in (hidden_BTD, targets_BT, lse_BT, gradient_BT))
+    head_gradient_DV, found = jax.lax.scan(one, jnp.zeros(head_DV.shape, jnp.float32), pieces)
+    return _joined(found, targets_BT.shape[1]), head_gradient_DV.astype(head_DV.dtype), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _cut(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] as [chunks, B, chunk, ...], filled up with zeros."""
+    B, T, *rest = x.shape
     chunks = -(-T // chunk)
-    padding = chunks * chunk - T
-    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
-    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
-    pieces = (
-        hidden_BTD.reshape(B, chunks, chunk, D).swapaxes(0, 1),
-        targets_BT.reshape(B, chunks, chunk).swapaxes(0, 1),
-    )
-    _, logprobs = jax.lax.scan(lambda carry, piece: (carry, one_chunk(*piece)), None, pieces)
-    return logprobs.swapaxes(0, 1).reshape(B, chunks * chunk)[:, :T]
+    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - T), *[(0, 0)] * len(rest)])
+    return x.reshape(B, chunks, chunk, *rest).swapaxes(0, 1)
+
+
+def _joined(pieces: jax.Array, length: int) -> jax.Array:
+    """The way back of `_cut`."""
+    chunks, B, chunk, *rest = pieces.shape
+    return pieces.swapaxes(0, 1).reshape(B, chunks * chunk, *rest)[:, :length]
 
 
 def sequence_logprobs(
@@ -57,6 +107,23 @@ def sequence_logprobs(
       float32 [B], in nats.
     """
     return jnp.sum(token_logprobs(hidden_BTD, head_DV, targets_BT, chunk) * mask_BT, axis=-1)
+
+
+def document_logprobs(logprobs_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array, documents: int) -> jax.Array:
+    """Log-probability of each document's response in rows that hold several: sums over its masked-in tokens.
+
+    Args:
+      logprobs_BT: of the target tokens, as `token_logprobs` gives them.
+      mask_BT: as for `sequence_logprobs`.
+      segments_BT: the number of each token's document, from 1; 0 is no document's.
+      documents: how many there are.
+
+    Returns:
+      float32 [documents], in nats; 0 for a document that is in none of the rows.
+    """
+    # Comparisons and one sum, which the compiler makes one loop: a scatter would add in an order of its own on GPUs.
+    own_BTN = segments_BT[..., None] == jnp.arange(1, documents + 1).reshape(1, 1, -1)
+    return jnp.sum(jnp.where(own_BTN, (logprobs_BT * mask_BT)[..., None], 0), axis=(0, 1))
 
 
 def sft_loss(

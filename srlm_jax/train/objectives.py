@@ -3,7 +3,7 @@
 An objective returns sums, not means, and by what count they are to be divided, so that gradient accumulation over
 microbatches gives exactly the gradient of the whole batch.
 
-Axes: B rows, T tokens, P preference pairs (rows P chosen, then P rejected).
+Axes: B rows, T tokens, P preference pairs, N documents.
 """
 
 import dataclasses
@@ -64,16 +64,17 @@ class DpoObjective:
     logprob_chunk: int
 
     def __call__(self, model: Llama, batch: PairBatch, key: jax.Array) -> Sums:
-        both = jax.tree.map(lambda chosen, rejected: jnp.concatenate([chosen, rejected]), batch.chosen, batch.rejected)
-        logprobs_B = response_logprobs(model, both, self.logprob_chunk, _dropout(self.dropout, key))
-        chosen_P, rejected_P = jnp.split(logprobs_B, 2)
+        P = batch.ref_chosen_P.shape[0]
+        drop = _dropout(self.dropout, key)
+        logprobs_N = response_logprobs(model, batch.rows, 2 * P, self.logprob_chunk, drop)
+        chosen_P, rejected_P = jnp.split(logprobs_N, 2)
         loss_P = losses.dpo_loss(chosen_P, rejected_P, batch.ref_chosen_P, batch.ref_rejected_P, self.beta)
         margin_P = losses.dpo_margin(chosen_P, rejected_P, batch.ref_chosen_P, batch.ref_rejected_P)
         # KL(policy || reference) is unknown without samples of the policy; over both answers of the pairs, which the
         # reference itself wrote, exp(d) - 1 - d with d = log(policy / reference) estimates KL(reference || policy):
         # it is never negative and its mean is exact where the pairs are an unbiased sample (Schulman 2020, "k3").
-        drift_B = jnp.concatenate([chosen_P - batch.ref_chosen_P, rejected_P - batch.ref_rejected_P])
-        kl_B = jnp.expm1(jnp.minimum(drift_B, 20.0)) - drift_B
+        drift_N = jnp.concatenate([chosen_P - batch.ref_chosen_P, rejected_P - batch.ref_rejected_P])
+        kl_N = jnp.expm1(jnp.minimum(drift_N, 20.0)) - drift_N
         metrics = {
             "reward_margin": jnp.sum(self.beta * margin_P),
             "reward_accuracy": jnp.sum((margin_P > 0) + 0.5 * (margin_P == 0)),
@@ -81,12 +82,21 @@ class DpoObjective:
             "rejected_logprob": jnp.sum(rejected_P),
             "chosen_drift": jnp.sum(chosen_P - batch.ref_chosen_P),
             "rejected_drift": jnp.sum(rejected_P - batch.ref_rejected_P),
-            "kl": jnp.sum(kl_B) / 2,
+            "kl": jnp.sum(kl_N) / 2,
         }
         return Sums(jnp.sum(loss_P), jnp.float32(loss_P.size), metrics)
 
 
-def response_logprobs(model: Llama, batch: TokenBatch, logprob_chunk: int, dropout: Dropout | None) -> jax.Array:
-    """Log-probability of each row's masked-in tokens, float32 [B]."""
-    hidden_BTD, _ = model(batch.tokens_BT, batch.positions_BT, segments_BT=None, cache=None, dropout=dropout)
-    return losses.sequence_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)
+def response_logprobs(
+    model: Llama, batch: TokenBatch, documents: int, logprob_chunk: int, dropout: Dropout | None
+) -> jax.Array:
+    """Log-probability of each document's masked-in tokens, float32 [documents], of which there are as many as rows
+    where the batch is not packed."""
+    hidden_BTD, _ = model(
+        batch.tokens_BT, batch.positions_BT, segments_BT=batch.segments_BT, cache=None, dropout=dropout
+    )
+    if batch.segments_BT is None:
+        assert documents == batch.tokens_BT.shape[0]
+        return losses.sequence_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)
+    logprobs_BT = losses.token_logprobs(hidden_BTD, model.head(), batch.targets_BT, logprob_chunk)
+    return losses.document_logprobs(logprobs_BT, batch.mask_BT, batch.segments_BT, documents)

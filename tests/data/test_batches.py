@@ -1,6 +1,7 @@
 """Where the loss is, what shares a row, and that a data iterator goes on where it was."""
 
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,16 @@ import pytest
 from srlm_jax.data.batches import (
     PairRow,
     Row,
-    RowTooLong,
-    pack,
+    filled_batches,
     packed_batch,
     packed_batches,
+    packed_pairs,
     padded_batches,
     padded_length,
-    pair_batches,
+    padded_pairs,
     token_batch,
 )
+from srlm_jax.data.packing import Packing, RowTooLong, Shape, pack
 from srlm_jax.text.chat import PLAIN, encode_prompt, encode_response
 from srlm_jax.text.tokenizer import WordTokenizer
 from srlm_jax.train.objectives import SftObjective
@@ -63,8 +65,6 @@ def test_a_row_that_just_fits_is_taken_and_one_more_token_is_too_much():
     assert token_batch([Row(tuple(range(9)), 1)], 8).tokens_BT.shape == (1, 8)
     with pytest.raises(RowTooLong, match="a row of 9 positions does not fit a sequence length of 8"):
         token_batch([Row(tuple(range(10)), 1)], 8)
-    with pytest.raises(RowTooLong, match="a document of 9 positions does not fit a sequence length of 8"):
-        pack([Row(tuple(range(10)), 1)], 8)
 
 
 @pytest.mark.parametrize(("longest", "wanted"), [(1, 8), (8, 8), (9, 16), (16, 16)])
@@ -75,39 +75,22 @@ def test_padded_length_is_the_next_multiple(longest, wanted):
 # Packing.
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_packing_keeps_every_document_once_and_wastes_less_than_half_a_row(seed):
-    rows = documents(200, 20, seed)
-    groups = pack(rows, 32)
-    filled = [sum(row.length for row in group) for group in groups]
-    assert max(filled) <= 32
-    assert sorted(row.ids for group in groups for row in group) == sorted(row.ids for row in rows)
-    # No two rows could be one, so all but one are more than half full; best fit does far better on such documents.
-    assert sum(sorted(filled)[:2]) > 32
-    assert len(groups) <= 1.05 * sum(filled) / 32 + 1
-
-
-def test_packing_by_hand():
-    # 6 and 5 open a row each; 3 fits neither rest (2 and 3) better than the second; 2 goes to the first.
-    rows = [Row(tuple(range(n + 1)), 1) for n in (3, 6, 2, 5)]
-    assert [[row.length for row in group] for group in pack(rows, 8)] == [[6, 2], [5, 3]]
-
-
 def test_a_packed_row_by_hand():
-    batch = packed_batch([(Row((1, 5, 6, 2), 2), Row((1, 7, 2), 1))], 7)
+    batch = packed_batch([Row((1, 7, 2), 1), Row((1, 5, 6, 2), 2)], [[1, 0]], Shape(2, 7))
     assert lists(batch) == [
-        [[1, 5, 6, 1, 7, 0, 0]],  # tokens
-        [[5, 6, 2, 7, 2, 0, 0]],  # targets
-        [[0, 1, 1, 1, 1, 0, 0]],  # mask
-        [[0, 1, 2, 0, 1, 0, 0]],  # positions
-        [[1, 1, 1, 2, 2, 0, 0]],  # segments
+        [[1, 5, 6, 1, 7, 0, 0], [0] * 7],  # tokens
+        [[5, 6, 2, 7, 2, 0, 0], [0] * 7],  # targets
+        [[0, 1, 1, 1, 1, 0, 0], [0] * 7],  # mask
+        [[0, 1, 2, 0, 1, 0, 0], [0] * 7],  # positions
+        [[2, 2, 2, 1, 1, 0, 0], [0] * 7],  # segments
     ]
 
 
 def test_packed_documents_have_the_loss_and_the_gradient_of_documents_in_rows_of_their_own(tiny_llama):
     rows = documents(10, 9)
-    packed = packed_batch(pack(rows, 20), 20)
-    assert packed.tokens_BT.shape[0] < 5
+    groups = pack([row.length for row in rows], 20)
+    assert len(groups) < 5
+    packed = packed_batch(rows, groups, Shape(len(groups), 20))
     objective = SftObjective(dropout=0.0, logprob_chunk=32)
 
     @jax.jit
@@ -130,10 +113,28 @@ PAIRS = [
     for i, (chosen, rejected) in enumerate(zip(documents(7, 8), documents(7, 8, seed=1), strict=True))
 ]
 
+
+def packing(lengths, seed, **changes):
+    usual = {"batch_size": 6, "accumulate": 2, "most": 20, "length_multiple": 4, "rows_multiple": 2}
+    return Packing(lengths=np.asarray(lengths), seed=seed, **usual | changes)
+
+
+def all_packed_pairs(seed, pairs=PAIRS, steps=20):
+    how = packing([[pair.chosen.length, pair.rejected.length] for pair in pairs], seed)
+    return packed_pairs(pairs, how.smallest_shape(steps), how, steps)
+
+
+def all_packed(seed, rows, steps=20):
+    how = packing([[row.length] for row in rows], seed)
+    return packed_batches(rows, how.smallest_shape(steps), how, steps)
+
+
 PIPELINES = {
     "padded": lambda seed: padded_batches(documents(7, 8), 8, 3, seed),
-    "packed": lambda seed: packed_batches(documents(30, 8), 16, 3, seed),
-    "pairs": lambda seed: pair_batches(PAIRS, 8, 3, seed),
+    "filled": lambda seed: filled_batches(documents(30, 8), 16, 3, seed),
+    "padded pairs": lambda seed: padded_pairs(PAIRS, 8, 3, seed),
+    "packed": lambda seed: all_packed(seed, documents(13, 8)),
+    "packed pairs": all_packed_pairs,
 }
 
 
@@ -176,15 +177,88 @@ def test_every_epoch_holds_every_row_once_in_another_order():
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
+def of_microbatch(batch, index, accumulate):
+    """What `train.step` makes microbatch `index` of."""
+    return jax.tree.map(lambda x: x[index::accumulate], batch)
+
+
+def answers(rows):
+    """The targets of each document of a packed batch, by its number."""
+    numbers = sorted(set(rows.segments_BT.reshape(-1).tolist()) - {0})
+    return {number: rows.targets_BT[rows.segments_BT == number].tolist() for number in numbers}
+
+
 def test_the_two_answers_of_a_pair_and_their_reference_stay_together():
-    by_chosen = {tuple(token_batch([pair.chosen], 8).tokens_BT[0].tolist()): pair for pair in PAIRS}
-    for batch in itertools.islice(pair_batches(PAIRS, 8, 3, seed=0), 5):
+    by_chosen = {pair.chosen.ids[1:]: pair for pair in PAIRS}
+
+    def check(chosen, rejected, *reference):
+        pair = by_chosen[tuple(chosen)]
+        assert tuple(rejected) == pair.rejected.ids[1:]
+        assert reference == (pair.ref_chosen, pair.ref_rejected)
+
+    for batch in itertools.islice(padded_pairs(PAIRS, 8, 3, seed=0), 5):
+        found = [row[row != 0].tolist() for row in batch.rows.targets_BT]
         for i in range(3):
-            pair = by_chosen[tuple(batch.chosen.tokens_BT[i].tolist())]
-            assert batch.rejected.tokens_BT[i].tolist() == token_batch([pair.rejected], 8).tokens_BT[0].tolist()
-            assert (batch.ref_chosen_P[i], batch.ref_rejected_P[i]) == (pair.ref_chosen, pair.ref_rejected)
+            check(found[i], found[3 + i], batch.ref_chosen_P[i], batch.ref_rejected_P[i])
+    for batch in all_packed_pairs(0):
+        for part in (of_microbatch(batch, i, 2) for i in range(2)):
+            found = answers(part.rows)
+            assert list(found) == [1, 2, 3, 4, 5, 6]
+            for i in range(3):
+                check(found[1 + i], found[4 + i], part.ref_chosen_P[i], part.ref_rejected_P[i])
+
+
+def test_packed_batches_have_the_same_number_of_examples_and_no_example_twice_an_epoch():
+    rows = [Row((1, *(30 + i for i in range(3, 3 + n % 5)), n + 2), 1) for n in range(20)]  # all different
+    found = list(all_packed(0, rows, steps=9))  # three epochs of 3 x 6, two left over in each
+    assert len({batch.tokens_BT.shape for batch in found}) == 1
+    taken = [[tuple(x) for part in range(2) for x in answers(of_microbatch(b, part, 2)).values()] for b in found]
+    assert {len(batch) for batch in taken} == {6}
+    epochs = [[x for batch in taken[3 * i : 3 * i + 3] for x in batch] for i in range(3)]
+    assert [len(set(epoch)) for epoch in epochs] == [18, 18, 18]
+    assert set(epochs[0]) != set(epochs[1]) or set(epochs[1]) != set(epochs[2])
+    assert set().union(*epochs) == {row.ids[1:] for row in rows}
+
+
+def test_a_packed_batch_has_the_loss_of_its_examples_however_it_is_cut(tiny_llama):
+    """Of every microbatch, from its own rows alone."""
+    objective = jax.jit(SftObjective(dropout=0.0, logprob_chunk=32))
+    rows = documents(13, 8)
+    by_answer = {row.ids[1:]: row for row in rows}
+    batch = next(iter(all_packed(0, rows)))
+    for index in range(2):
+        part = of_microbatch(batch, index, 2)
+        own = token_batch([by_answer[tuple(x)] for x in answers(part).values()], 8)
+        found, wanted = (objective(tiny_llama, jax.tree.map(jnp.asarray, x), jax.random.key(0)) for x in (part, own))
+        assert found.count == wanted.count
+        np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
 
 
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="there are no rows to train on"):
         padded_batches([], 8, 3, seed=0)
+
+
+class Counted(list):
+    """Rows that count how often one is taken."""
+
+    taken = 0
+
+    def __getitem__(self, index):
+        self.taken += 1
+        return super().__getitem__(index)
+
+
+def test_batches_are_made_ahead_and_a_state_is_that_of_the_batch_last_taken():
+    rows = Counted(documents(50, 8))
+    iterator = iter(padded_batches(rows, 8, 3, seed=0))
+    next(iterator)
+    state, deadline = iterator.get_state(), time.monotonic() + 30
+    while rows.taken < 3 * 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert rows.taken >= 3 * 3  # the batch that was taken and two more
+    assert iterator.get_state() == state
+    wanted = take(iterator, 3)
+    fresh = iter(padded_batches(rows, 8, 3, seed=0))
+    fresh.set_state(state)
+    assert take(fresh, 3) == wanted

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from srlm_jax.model import attention, decode_attention, ops
+from srlm_jax.model import attention, decode_attention, int8, ops
 from srlm_jax.model.attention import ALL, Part
+from srlm_jax.model.int8 import Slots
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 HERE = pltpu.InterpretParams(uninitialized_memory="nan")
@@ -57,6 +58,35 @@ def test_the_kernel_gives_what_plain_attention_gives(interpreted, rows, part):
     read = np.repeat(np.asarray(part.readable.length_R) > 0, rows // part.k_LRKSH.shape[1])
     same([x[read] for x in found], [x[read] for x in wanted])
     assert (found[0][~read] == 0).all() and (found[1][~read] == jnp.float32(ops.MASKED)).all()
+
+
+def in_8_bits(part):
+    """A part whose keys and values are rounded, and one of what they then are."""
+
+    def slots(stack):
+        values, scale = int8.round_along(stack, -1, "float32")
+        return Slots(values, jnp.swapaxes(scale, -1, -2))
+
+    k, v = slots(part.k_LRKSH), slots(part.v_LRKSH)
+    products = dataclasses.replace(part, k_LRKSH=k.multiplied(jnp.float32), v_LRKSH=v.multiplied(jnp.float32))
+    return dataclasses.replace(part, k_LRKSH=k, v_LRKSH=v), products
+
+
+@pytest.mark.parametrize("name", [name for name, (_, part) in LEVELS.items() if part.k_LRKSH.shape[3] % 32 == 0])
+def test_the_kernel_reads_8_bits_as_what_they_are_multiplied_out(interpreted, name):
+    rows, part = LEVELS[name]
+    rounded, products = in_8_bits(part)
+    q = normal(0, rows, 4, 1, 128)
+    found, wanted = attention.decoding(q, rounded, with_lse=True), attention.plain(q, products, with_lse=True)
+    read = np.repeat(np.asarray(part.readable.length_R) > 0, rows // part.k_LRKSH.shape[1])
+    same([x[read] for x in found], [x[read] for x in wanted])
+    assert (found[0][~read] == 0).all() and (found[1][~read] == jnp.float32(ops.MASKED)).all()
+
+
+def test_a_block_of_8_bits_has_as_many_slots_as_a_register_has_lanes_or_a_row_has():
+    shape = lambda slots: Slots(jax.ShapeDtypeStruct((1, 1, 4, slots, 128), jnp.int8), None)
+    found = [decode_attention.block_of(shape(n)) for n in (8, 16, 32, 48, 96, 128, 320, 384, 1024, 1088)]
+    assert found == [None, None, 32, None, 96, 128, 320, 128, 128, None]
 
 
 def test_many_queries_are_worked_on_some_heads_at_a_time(interpreted, monkeypatch):

@@ -35,8 +35,8 @@ def draw(model, mesh):
     found = []
     for how in (greedy, dataclasses.replace(greedy, samples=2, temperature=0.9, top_p=0.9)):
         drawn = sample(
-            model, groups, how, key=jax.random.key(0), config=EngineConfig(rows=8, steps=4), mesh=mesh,
-            report=lambda finished, tokens: None, work=Work(),
+            model, groups, how, key=jax.random.key(0), mesh=mesh, report=lambda finished, tokens: None, work=Work(),
+            config=EngineConfig(rows=8, steps=4, weights=None, cache=None),
         )  # fmt: skip
         found.append([[[list(new.ids) for new in prompt] for prompt in group] for group in drawn])
     return found

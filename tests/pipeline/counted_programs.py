@@ -1,4 +1,4 @@
-"""Redoes two rounds of a finished run in a process of its own, and prints what each of them compiled that reads a model:
+"""Redoes two rounds of a finished run in a process of its own, and prints what each compiled that reads a model:
 `python counted_programs.py WORKDIR`."""
 
 import json

@@ -24,7 +24,7 @@ def generate(tiny_llama, one_device):
         model=tiny_llama,
         tokenizer=TOKENIZER,
         chat_format=PLAIN,
-        config=EngineConfig(rows=16, steps=4),
+        config=EngineConfig(rows=16, steps=4, weights=None, cache=None),
         mesh=one_device("data", "tensor"),
         key=stage_key(0, "m2/responses"),
         work=Work(),

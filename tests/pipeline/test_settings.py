@@ -100,6 +100,8 @@ def test_a_whole_number_does_for_a_float_and_is_one_then(tree):
         ("eft.most_common_share", 1.5, r"^config\.eft: most_common_share .* 1\.5"),
         ("dpo.train.batch_size", 0, r"^config\.dpo\.train: batch_size must be at least 1"),
         ("lora.rank", 0, r"^config\.lora: rank must be at least 1"),
+        ("engine.weights", "int4", r"^config\.engine: weights can be 'int8', or left out .* not 'int4'$"),
+        ("engine.cache", "bfloat16", r"^config\.engine: cache can be 'int8', or left out .* not 'bfloat16'$"),
         ("model.K", 3, r"^config\.model: model\.N .* multiple of model\.K"),
         ("self_instruction.filters.max_rouge_l", 7.0, r"^config\.self_instruction\.filters: max_rouge_l"),
     ],

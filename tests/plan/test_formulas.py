@@ -1,12 +1,13 @@
 """The formulas against the compiler's own count, of programs without loops."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from srlm_jax.model import llama, lora
+from srlm_jax.model import cache, llama, lora, quantized
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.lora import LoraConfig
 from srlm_jax.plan import formulas
@@ -101,11 +102,30 @@ def test_layers_count_as_often_as_they_run():
 def test_decoding_reads_each_level_once_for_those_that_share_it():
     """4 groups of 2 prompts of 3 samples on one chip: 4 x 16 + 8 x 32 + 24 x 64 slots, and the weights, each step."""
     alone = Split(rows=1, weights=1, tensor=1)
-    room = Shape(data=1, groups=4, prompts=2, samples=3, rows=24, slots=(16, 32, 64), stop_length=1)
-    cost = formulas.decode_cost(WIDE, alone, room, steps=5)
+    room = Shape(data=1, groups=4, prompts=2, samples=3, rows=24, slots=(16, 32, 64), stop_length=1, cache=None)
+    cost = formulas.decode_cost(WIDE, alone, room, None, steps=5)
     slots = 4 * 16 + 8 * 32 + 24 * 64
     assert cost.memory_bytes == 5 * (4 * WIDE.parameters + slots * 2 * 1 * 4 * 32 * 4)
     assert cost.link_bytes == 0
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_bytes_of_what_is_sampled_with_are_those_of_its_arrays(kind):
+    c = dataclasses.replace(WIDE, param_dtype="bfloat16", compute_dtype="bfloat16")
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    model = jax.eval_shape(functools.partial(quantized.quantize, weights=kind), llama.abstract(c))
+    assert formulas.sample_bytes(c, kind) == size(model)
+    assert 3 * 5 * formulas.kv_token_bytes(c, kind) == 2 * size(jax.eval_shape(lambda: cache.empty(c, 3, 5, kind)))
+
+
+def test_decoding_reads_what_is_rounded_in_fewer_bytes():
+    room = Shape(data=1, groups=4, prompts=2, samples=3, rows=24, slots=(16, 32, 64), stop_length=1, cache=None)
+    alone = Split(rows=1, weights=1, tensor=1)
+    exact = formulas.decode_cost(WIDE, alone, room, None, steps=1)
+    rounded = formulas.decode_cost(WIDE, alone, dataclasses.replace(room, cache="int8"), "int8", steps=1)
+    others = 4 * (WIDE.parameters - formulas.projections(WIDE))  # float32 to 8 bits, and some scales
+    assert 0.25 < (rounded.memory_bytes - others) / (exact.memory_bytes - others) < 0.29
+    assert rounded.flops == exact.flops
 
 
 def test_chips_share_what_can_be_shared():

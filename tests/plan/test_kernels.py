@@ -16,11 +16,13 @@ pytestmark = [
 ]
 
 
-def compiled_text(monkeypatch, name):
+SIZES = {"V": 512, "D": 128, "L": 2, "N": 4, "K": 2, "H": 64, "F": 256}
+
+
+def compiled_text(monkeypatch, name, **changes):
     """What the compiler writes of the smoke scale's program for a model of narrow layers."""
-    s = read(base.get_config("smoke", 2).to_dict() | {"mesh": {"data": 1, "fsdp": 4, "tensor": 2}})
-    sizes = {"V": 512, "D": 128, "L": 2, "N": 4, "K": 2, "H": 64, "F": 256}
-    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **sizes))
+    s = read(base.get_config("smoke", 2).to_dict() | {"mesh": {"data": 1, "fsdp": 4, "tensor": 2}} | changes)
+    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **SIZES))
     found = programs.programs(s, s.mesh, chips.devices(chips.parse_slice("v5e:2x4")))
     texts = []
     monkeypatch.setattr(hlo, "collectives", lambda text, unknown_trips: texts.append(text))
@@ -50,3 +52,17 @@ def test_a_tpu_computes_attention_in_its_kernel_and_holds_no_scores(monkeypatch,
     assert "tpu_custom_call" in text
     assert set(re.findall(r"splash_mha_[a-z_]+residuals", text)) == KERNELS[name]
     assert score_arrays(text) == []
+
+
+def test_a_tpu_decodes_in_its_kernel_from_8_bits_and_never_widens_a_stack_of_weights(monkeypatch):
+    """Layers of heads of 128 numbers, three of them, so that their stacks have shapes that nothing else has."""
+    monkeypatch.setitem(SIZES, "H", 128)
+    monkeypatch.setitem(SIZES, "L", 3)
+    monkeypatch.setitem(SIZES, "compute_dtype", "bfloat16")
+    engine = {"rows": 96, "steps": 8, "weights": "int8", "cache": "int8"}
+    text = compiled_text(monkeypatch, "decode, judgements", engine=engine)
+    assert re.search(r"custom-call\(.*flash_decode", text)
+    # A chip's half of each: queries, keys and values, and what comes behind attention; then the three of the MLP.
+    stacks = {"3,128,2,128", "3,128,1,128", "3,2,128,128", "3,128,128"}
+    assert stacks <= set(re.findall(r"\bs8\[([0-9,]+)\]", text))
+    assert not stacks & set(re.findall(r"\b(?:bf16|f32)\[([0-9,]+)\]", text))

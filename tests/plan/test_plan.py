@@ -105,7 +105,10 @@ def test_stages_follow_the_numbers_of_the_configuration():
     s = settings("llama2_7b")
     found = {stage.name: stage.runs for stage in stages.stages(s, 16)}
     assert found["DPO"]["DPO step"] == s.dpo.train.steps
-    assert found["reference"]["reference"] == 2 * 0.75 * s.self_instruction.prompts / s.reference_batch
+    answers = 2 * 0.75 * s.self_instruction.prompts
+    assert found["reference"]["reference"] == pytest.approx(answers * 1.03 * 496 / 2048 / s.reference_batch)
+    padded = {stage.name: stage.runs for stage in stages.stages(dataclasses.replace(s, packed=False), 16)}
+    assert padded["reference"]["reference"] == answers / s.reference_batch
     # Sixteen groups are held at once, four rows each; 400 tokens in calls of `steps`.
     assert found["responses"]["decode, responses"] == 8_000 * 4 * 400 / (64 * s.engine.steps)
     own = dataclasses.replace(s, self_instruction=dataclasses.replace(s.self_instruction, prompts_file="prompts.jsonl"))

@@ -16,7 +16,8 @@ from srlm_jax.sampling.engine import Draw, EngineConfig, Sample, Work, bucket, s
 
 GREEDY = Draw(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=12, stops=((0,),))
 RANDOM = Draw(samples=3, temperature=0.9, top_p=0.9, max_new_tokens=12, stops=((0,), (7, 8)))
-NARROW, WIDE = EngineConfig(rows=6, steps=5), EngineConfig(rows=100, steps=16)
+NARROW = EngineConfig(rows=6, steps=5, weights=None, cache=None)
+WIDE = dataclasses.replace(NARROW, rows=100, steps=16)
 LONGEST = 640  # tokens, prompt and completion together
 
 
@@ -215,7 +216,7 @@ def test_rows_that_end_early_make_room(run):
     # A third of all tokens is a stop, so few completions pass 10 of the 48 tokens allowed.
     draw = dataclasses.replace(RANDOM, max_new_tokens=48, stops=tuple((i,) for i in range(0, 40, 3)))
     groups, work = tree(24, prompts=(1, 2)), Work()
-    samples = run(groups, draw, EngineConfig(rows=12, steps=2), work=work)
+    samples = run(groups, draw, dataclasses.replace(NARROW, rows=12, steps=2), work=work)
     assert work.sampled_tokens == sum(len(new.ids) for (of_prompt,) in samples for new in of_prompt)
     assert work.sampled_tokens <= work.row_steps < 0.25 * len(groups) * draw.samples * draw.max_new_tokens
 
@@ -230,7 +231,10 @@ def test_a_judge_of_the_paper_s_lengths_reads_a_fifth_of_what_it_would_without_s
         instruction = (*opening, *ids(rng, 80, 81))
         return group(address=(i, 0), prompts=tuple((*instruction, *ids(rng, n, n + 1), *behind) for n in lengths))
 
-    draw, config = dataclasses.replace(RANDOM, max_new_tokens=1, stops=()), EngineConfig(rows=96, steps=1)
+    draw, config = (
+        dataclasses.replace(RANDOM, max_new_tokens=1, stops=()),
+        dataclasses.replace(NARROW, rows=96, steps=1),
+    )
     work = Work()
     run([one(i, [400] * 4) for i in range(32)], draw, config, work=work)
     assert work.prompt_tokens == 32 * 12 * (272 + 80 + 400 + 97 - 1)
@@ -273,7 +277,7 @@ def test_rows_are_hardly_ever_idle(make_llama, one_device, rows, lengths):
     draw = Draw(samples=samples, temperature=0.9, top_p=0.9, max_new_tokens=longest, stops=())
     work = Work()
     found = sample(
-        make_llama(L=1), groups, draw, key=jax.random.key(0), config=EngineConfig(rows=rows, steps=1),
+        make_llama(L=1), groups, draw, key=jax.random.key(0), config=dataclasses.replace(NARROW, rows=rows, steps=1),
         mesh=one_device("data", "tensor"), report=lambda finished, sampled: None, work=work,
     )  # fmt: skip
     assert [[[len(new.ids) for new in one] for one in some] for some in found] == limits.astype(int).tolist()

@@ -19,7 +19,7 @@ def test_two_hundred_greedy_tokens_are_the_published_ones(stories260k, one_devic
         [engine.Group(address=(0, 0), prompts=((tokenizer.bos,),), limits=None)],
         engine.Draw(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=200, stops=()),
         key=jax.random.key(0),
-        config=engine.EngineConfig(rows=1, steps=16),
+        config=engine.EngineConfig(rows=1, steps=16, weights=None, cache=None),
         mesh=mesh,
         report=lambda finished, tokens: None,
         work=engine.Work(),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -256,3 +258,54 @@ def test_the_train_state_of_another_model_is_refused(tmp_path):
     larger = TrainState({"w": jnp.zeros(5)}, {"count": jnp.int32(0)})
     with TrainCheckpoints(folder) as checkpoints, pytest.raises(BadCheckpoint, match="cannot be read"):
         checkpoints.restore(shapes_of(larger), batches())
+
+
+def test_what_is_saved_is_the_state_at_the_call_though_its_memory_is_given_away(tmp_path):
+    """Writing goes on in the background while the next steps, to which the arrays are donated, write over them."""
+    step = jax.jit(lambda w: w + 1, donate_argnums=0)
+    w = jax.random.normal(jax.random.key(0), (4_000_000,))
+    wanted, folder = np.array(w), epath.Path(tmp_path / "state")
+    with TrainCheckpoints(folder) as checkpoints:
+        checkpoints.save(1, TrainState({"w": w}, {}), batches())
+        for _ in range(20):
+            w = step(w)
+        jax.block_until_ready(w)
+    with TrainCheckpoints(folder) as checkpoints:
+        _, state = checkpoints.restore(TrainState(shapes({"w": w}), {}), batches())
+    np.testing.assert_array_equal(state.trainable["w"], wanted)
+    assert not np.array_equal(w, wanted)
+
+
+KILLED = """
+import os, sys
+import jax
+from etils import epath
+from test_checkpoint import TrainCheckpoints, TrainState, batches
+w = jax.random.normal(jax.random.key(0), (30_000_000,))
+checkpoints = TrainCheckpoints(epath.Path(sys.argv[1]))
+checkpoints.save(1, TrainState({"w": w}, {}), batches())
+checkpoints.save(2, TrainState({"w": w + 1}, {}), batches())  # waits for the first
+os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_save_before(tmp_path):
+    """The second save takes much longer than the kill; were it faster, it would have to be whole."""
+    folder = tmp_path / "state"
+    done = subprocess.run([sys.executable, "-c", KILLED, folder], cwd=epath.Path(__file__).parent, check=False)
+    assert done.returncode == 9
+    like = TrainState({"w": jax.ShapeDtypeStruct((30_000_000,), jnp.float32, sharding=jnp.zeros(1).sharding)}, {})
+    with TrainCheckpoints(folder) as checkpoints:
+        step, state = checkpoints.restore(like, batches())
+    wanted = jax.random.normal(jax.random.key(0), (30_000_000,)) + (step - 1)
+    np.testing.assert_array_equal(state.trainable["w"], wanted)
+
+
+def test_a_save_that_fails_in_the_background_is_an_error(tmp_path):
+    """What it would be renamed to is in the way: the training hears of it at the next save or, here, at its end."""
+    large = jax.block_until_ready(jax.random.normal(jax.random.key(0), (8_000_000,)))
+    with pytest.raises(FileExistsError), TrainCheckpoints(epath.Path(tmp_path)) as checkpoints:
+        checkpoints.save(1, TrainState({"w": large}, {}), batches())
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "other").write_text("")

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax.data.batches import PairBatch, Row, token_batch
+from srlm_jax.data.batches import PairRow, Row, packed_batch, pair_batch, token_batch
+from srlm_jax.data.packing import Shape
 from srlm_jax.train.objectives import DpoObjective, SftObjective
 from srlm_jax.train.optimizer import OptimizerConfig
 
@@ -20,10 +21,19 @@ DPO = DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=4)
 def rows(seed):
     """Eight documents with answers of 1 to 8 tokens."""
     rng = np.random.default_rng(seed)
-    return token_batch([Row(tuple(rng.integers(1, 40, 3 + n).tolist()), 3) for n in range(1, 9)], 12)
+    return [Row(tuple(rng.integers(1, 40, 3 + n).tolist()), 3) for n in range(1, 9)]
 
 
+PAIRS = [PairRow(chosen, rejected, -10.0, -12.0) for chosen, rejected in zip(rows(0), rows(1), strict=True)]
 BATCHES = {
-    SFT: jax.tree.map(jnp.asarray, rows(0)),
-    DPO: jax.tree.map(jnp.asarray, PairBatch(rows(0), rows(1), -10.0 * np.ones(8), -12.0 * np.ones(8))),
+    SFT: jax.tree.map(jnp.asarray, token_batch(rows(0), 12)),
+    DPO: jax.tree.map(jnp.asarray, pair_batch(PAIRS, 12)),
 }
+
+
+def packed(pairs):
+    """Pairs whose answers share 8 rows, in no order."""
+    documents = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    groups = [[15 - i, i] for i in range(8)]
+    batch = pair_batch(pairs, 12)
+    return jax.tree.map(jnp.asarray, batch._replace(rows=packed_batch(documents, groups, Shape(8, 24))))

@@ -177,6 +177,17 @@ def test_token_logprobs_are_float32_whatever_the_hidden_states_are():
     np.testing.assert_allclose(half, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_in_half_the_bits_are_those_of_float32_but_for_rounding():
+    hidden, head, targets, mask = projection()
+    half = [x.astype(jnp.bfloat16) for x in (hidden, head)]
+    total = lambda hidden, head: losses.sequence_logprobs(hidden, head, targets, mask, 3).sum()
+    found = jax.grad(total, argnums=(0, 1))(*half)
+    wanted = jax.grad(total, argnums=(0, 1))(*(x.astype(jnp.float32) for x in half))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=0.02, atol=0.02)
+
+
 def test_huge_logits_give_finite_log_probabilities_and_gradients():
     hidden, head, targets, mask = projection()
     total = lambda hidden: losses.sequence_logprobs(hidden, 1e4 * head, targets, mask, 3).sum()
@@ -197,6 +208,14 @@ def test_an_answer_twice_as_long_is_twice_as_improbable():
     targets, four, eight = jnp.zeros((1, 8), int), jnp.array([[1.0] * 4 + [0.0] * 4]), jnp.ones((1, 8))
     np.testing.assert_allclose(losses.sequence_logprobs(hidden, head, targets, four, 8), [-4 * math.log(4)], rtol=1e-6)
     np.testing.assert_allclose(losses.sequence_logprobs(hidden, head, targets, eight, 8), [-8 * math.log(4)], rtol=1e-6)
+
+
+def test_documents_of_a_row_have_sums_of_their_own():
+    logprobs = -jnp.array([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]])
+    mask = jnp.array([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    segments = jnp.array([[3, 3, 3, 1], [1, 4, 0, 0]])
+    wanted = [-24.0, 0.0, -5.0, -32.0]
+    np.testing.assert_array_equal(losses.document_logprobs(logprobs, mask, segments, 4), wanted)
 
 
 # Supervised fine-tuning.

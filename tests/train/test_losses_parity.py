@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax.data.batches import PairBatch, Row, token_batch
+from srlm_jax.data.batches import PairBatch, Row, packed_batch
+from srlm_jax.data.packing import Shape
 from srlm_jax.train import losses
 from srlm_jax.train.objectives import DpoObjective, response_logprobs
 
@@ -107,10 +108,6 @@ CHOSEN = [((1, 5, 6, 7, 9, 11, 2), 3), ((1, 9, 8, 2), 2)]
 REJECTED = [((1, 5, 6, 30, 2), 3), ((1, 9, 12, 13, 14, 15, 16, 2), 2)]
 
 
-def batch(rows):
-    return jax.tree.map(jnp.asarray, token_batch([Row(ids, loss_from) for ids, loss_from in rows], 8))
-
-
 @pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")  # TRL sets it
 def test_a_whole_training_loss_and_its_gradient(tiny_llama, as_transformers, transformers_block, tmp_path):
     import datasets
@@ -145,10 +142,11 @@ def test_a_whole_training_loss_and_its_gradient(tiny_llama, as_transformers, tra
     theirs = trainer.compute_loss(trainer.model, inputs)
     theirs.backward()
 
-    chosen, rejected = batch(CHOSEN), batch(REJECTED)
-    stored = [response_logprobs(reference, rows, 4, None) for rows in (chosen, rejected)]
+    documents = [Row(ids, loss_from) for ids, loss_from in CHOSEN + REJECTED]
+    rows = jax.tree.map(jnp.asarray, packed_batch(documents, [[0, 1], [3, 2]], Shape(2, 12)))
+    stored = jnp.split(response_logprobs(reference, rows, 4, 4, None), 2)
     objective = DpoObjective(beta=BETA, dropout=0.0, logprob_chunk=4)
-    pairs = PairBatch(chosen, rejected, *stored)
+    pairs = PairBatch(rows, *stored)
     mean = lambda model: objective(model, pairs, jax.random.key(0)).loss / 2
     loss, gradient = jax.jit(jax.value_and_grad(mean))(tiny_llama)
     assert abs(float(loss) - np.log(2)) > 1e-2  # policy and reference differ

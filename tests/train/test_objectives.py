@@ -8,19 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax.data.batches import PairBatch, Row, token_batch
+from srlm_jax.data.batches import PairBatch, Row, packed_batch, token_batch
+from srlm_jax.data.packing import Shape
 from srlm_jax.train.objectives import DpoObjective, SftObjective, response_logprobs
 
 SFT = SftObjective(dropout=0.0, logprob_chunk=4)
 DPO = DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=4)
 
 
-def batch(*rows):
-    return jax.tree.map(jnp.asarray, token_batch([Row(ids, loss_from) for ids, loss_from in rows], 8))
+CHOSEN = [Row((1, 5, 6, 7, 2), 3), Row((1, 9, 8, 2), 2)]
+REJECTED = [Row((1, 5, 6, 3, 3, 3, 2), 3), Row((1, 9, 2), 2)]
 
 
-CHOSEN = batch(((1, 5, 6, 7, 2), 3), ((1, 9, 8, 2), 2))
-REJECTED = batch(((1, 5, 6, 3, 3, 3, 2), 3), ((1, 9, 2), 2))
+def batch(rows):
+    return jax.tree.map(jnp.asarray, token_batch(rows, 8))
+
+
+# Four documents of 4, 3, 6 and 2 positions: each in a row of its own, or the first and last pair of answers together.
+LAYOUTS = {
+    "rows of their own": batch(CHOSEN + REJECTED),
+    "packed": jax.tree.map(jnp.asarray, packed_batch(CHOSEN + REJECTED, [[3, 2], [0, 1]], Shape(3, 10))),
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def pairs(layout, logprobs):
+    return PairBatch(LAYOUTS[layout], *logprobs)
 
 
 @pytest.fixture(scope="module")
@@ -34,33 +47,41 @@ def logprobs(tiny_llama):
         table = jax.nn.log_softmax(hidden @ tiny_llama.head(), axis=-1)
         return (jnp.take_along_axis(table, targets_BT[..., None], axis=-1)[..., 0] * mask_BT).sum(axis=-1)
 
-    return tuple(one(rows.tokens_BT, rows.targets_BT, rows.mask_BT) for rows in (CHOSEN, REJECTED))
+    return tuple(one(rows.tokens_BT, rows.targets_BT, rows.mask_BT) for rows in map(batch, (CHOSEN, REJECTED)))
 
 
-def test_response_logprobs_are_sums_over_the_answer(tiny_llama, logprobs):
-    np.testing.assert_allclose(response_logprobs(tiny_llama, CHOSEN, 4, None), logprobs[0], rtol=1e-5)
-    np.testing.assert_allclose(response_logprobs(tiny_llama, REJECTED, 4, None), logprobs[1], rtol=1e-5)
+@layouts
+def test_response_logprobs_are_sums_over_the_answer(tiny_llama, logprobs, layout):
+    found = response_logprobs(tiny_llama, LAYOUTS[layout], 4, 4, None)
+    np.testing.assert_allclose(found, jnp.concatenate(logprobs), rtol=1e-5)
+
+
+def test_a_document_that_is_in_no_row_adds_nothing(tiny_llama, logprobs):
+    found = response_logprobs(tiny_llama, LAYOUTS["packed"], 6, 4, None)
+    np.testing.assert_allclose(found, [*jnp.concatenate(logprobs), 0, 0], rtol=1e-5)
 
 
 def test_sft_sums_over_answers_and_counts_their_tokens(tiny_llama, logprobs):
-    sums = SFT(tiny_llama, CHOSEN, jax.random.key(0))
+    sums = SFT(tiny_llama, batch(CHOSEN), jax.random.key(0))
     np.testing.assert_allclose(sums.loss, -logprobs[0].sum(), rtol=1e-5)
     assert sums.count == 2 + 2  # 7 and the end token; 8 and the end token
 
 
-def test_dpo_at_the_reference_is_log_2_a_pair(tiny_llama, logprobs):
-    sums = DPO(tiny_llama, PairBatch(CHOSEN, REJECTED, *logprobs), jax.random.key(0))
+@layouts
+def test_dpo_at_the_reference_is_log_2_a_pair(tiny_llama, logprobs, layout):
+    sums = DPO(tiny_llama, pairs(layout, logprobs), jax.random.key(0))
     assert sums.count == 2
-    np.testing.assert_allclose(sums.loss / 2, math.log(2), rtol=1e-5)
+    assert abs(sums.loss / 2 - math.log(2)) < 1e-6
     for name in ("reward_margin", "chosen_drift", "rejected_drift", "kl"):
         np.testing.assert_allclose(sums.metrics[name], 0.0, atol=1e-4, err_msg=name)
 
 
-def test_dpo_metrics_by_hand(tiny_llama, logprobs):
+@layouts
+def test_dpo_metrics_by_hand(tiny_llama, logprobs, layout):
     """Against a reference that gave the first pair's chosen 3 nats less and the second pair's rejected 1 less."""
     chosen, rejected = logprobs
     reference = (chosen - jnp.array([3.0, 0.0]), rejected - jnp.array([0.0, 1.0]))
-    sums = DPO(tiny_llama, PairBatch(CHOSEN, REJECTED, *reference), jax.random.key(0))
+    sums = DPO(tiny_llama, pairs(layout, reference), jax.random.key(0))
     wanted = {
         "reward_margin": 0.1 * (3 - 1),
         "reward_accuracy": 1.0,
@@ -79,7 +100,7 @@ def test_dpo_metrics_by_hand(tiny_llama, logprobs):
 
 @pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
 def test_dropout_acts_where_it_is_set(tiny_llama, logprobs, objective):
-    data = CHOSEN if objective is SFT else PairBatch(CHOSEN, REJECTED, *logprobs)
+    data = batch(CHOSEN) if objective is SFT else pairs("packed", logprobs)
     dropping = jax.jit(dataclasses.replace(objective, dropout=0.1))
     losses = [float(dropping(tiny_llama, data, jax.random.key(seed)).loss) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]

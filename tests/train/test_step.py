@@ -2,16 +2,18 @@
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_inputs import BATCHES, DPO, OPTIMIZER, SFT
+from step_inputs import BATCHES, DPO, OPTIMIZER, PAIRS, SFT, packed
 
+from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, train_mesh
-from srlm_jax.train.objectives import SftObjective, response_logprobs
+from srlm_jax.train.objectives import DpoObjective, SftObjective, response_logprobs
 from srlm_jax.train.step import init_optimizer, make_train_step
 
 
@@ -77,15 +79,20 @@ def divisible_llama(make_llama):
 
 @jax.jit
 def losses_and_gradients(model, sft, dpo):
-    """Of both objectives, and the log-probabilities of the rows: one program for each way to split the devices."""
+    """Of both objectives, and the log-probabilities of the documents: one program for each way to split devices."""
     loss = lambda model, objective, batch: objective(model, batch, jax.random.key(0)).loss
     found = [jax.value_and_grad(loss)(model, objective, batch) for objective, batch in ((SFT, sft), (DPO, dpo))]
-    return *found, response_logprobs(model, sft, 4, None)
+    return *found, response_logprobs(model, dpo.rows, 16, 4, None)
 
 
 @pytest.fixture(scope="module")
 def on_one_device(divisible_llama):
     return losses_and_gradients(divisible_llama, BATCHES[SFT], BATCHES[DPO])
+
+
+@pytest.fixture(scope="module")
+def packed_on_one_device(divisible_llama):
+    return losses_and_gradients(divisible_llama, BATCHES[SFT], packed(PAIRS))
 
 
 def shapes(devices):
@@ -106,6 +113,22 @@ def test_losses_gradients_and_log_probabilities_are_the_same_on_8_devices_split_
     sft, dpo = (jax.device_put(BATCHES[objective], sharding) for objective in (SFT, DPO))
     assert sft.tokens_BT.sharding.shard_shape((8, 12)) == (8 // (data * fsdp), 12)
     assert_same(losses_and_gradients(model, sft, dpo), on_one_device)
+
+
+def test_packed_pairs_have_the_losses_gradients_and_log_probabilities_of_rows_of_their_own(
+    on_one_device, packed_on_one_device
+):
+    assert_same(packed_on_one_device, on_one_device)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_rows_of_packed_pairs_may_lie_on_any_device(divisible_llama, packed_on_one_device, shape):
+    """The answers of most pairs are then on devices apart."""
+    mesh = train_mesh(MeshShape(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    model = jax.device_put(divisible_llama, rules.model_shardings(mesh, rules.TRAIN, divisible_llama))
+    sft, dpo = jax.device_put((BATCHES[SFT], packed(PAIRS)), rules.sharding(mesh, rules.TRAIN, ("batch",)))
+    with jax.set_mesh(mesh):
+        assert_same(losses_and_gradients(model, sft, dpo), packed_on_one_device)
 
 
 @pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
@@ -141,3 +164,33 @@ def test_an_optimizers_moments_live_where_their_weights_do(divisible_llama, capl
             model, state, _ = train_step(model, state, None, batch, jax.random.key(0))
             assert_in_place(model, state)
     assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
+
+
+# What a step holds.
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
+def test_a_step_writes_over_one_set_of_weights_and_moments_and_is_given_no_other(tiny_llama, objective, accumulate):
+    """So no second model is in a step of DPO: the reference is two numbers a pair."""
+    train_step, tx = make_train_step(objective, OPTIMIZER, 10, accumulate)
+    state, batch = jax.eval_shape(tx.init, tiny_llama), BATCHES[objective]
+    said = train_step.lower(tiny_llama, state, None, batch, jax.random.key(0)).compile().memory_analysis()
+    nbytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    held, given = nbytes((tiny_llama, state)), nbytes(batch)
+    assert said.alias_size_in_bytes >= 0.99 * held
+    assert held <= said.argument_size_in_bytes <= held + given + 100
+
+
+def test_log_probabilities_take_a_sixteenth_of_the_memory_of_all_logits(make_llama):
+    """32,000 tokens to choose from, 64 rows of 64 positions: all logits are half a gigabyte."""
+    model = make_llama(V=32_000, L=1, remat=True)
+    train_step, tx = make_train_step(DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=1), OPTIMIZER, 10, 1)
+    batch = PairBatch(TokenBatch(*(jnp.zeros((64, 64), t) for t in "iifii")), jnp.zeros(32), jnp.zeros(32))
+    compiled = train_step.lower(model, jax.eval_shape(tx.init, model), None, batch, jax.random.key(0)).compile()
+    logits = 64 * 64 * 32_000 * 4
+    weights = sum(x.nbytes for x in jax.tree.leaves(model))
+    # Gradients take as much as weights, and are clipped into as much again.
+    assert compiled.memory_analysis().temp_size_in_bytes - 2 * weights <= logits / 16
+    sizes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+    assert max(math.prod(map(int, size.split(","))) for size in sizes) <= logits / 4 / 16
