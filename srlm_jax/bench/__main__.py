@@ -149,7 +149,7 @@ def _setting(command: str, peer: str | None) -> Setting:
         repeat=_REPEAT.value or 3,
         peer=peer,
         peer_python=_PEER_PYTHON.value,
-        unshared=_UNSHARED.value,
+        unshared=_UNSHARED.value and command == "judge",
     )
 
 
