@@ -3,15 +3,18 @@
 import io
 import json
 
+import jax
 import pytest
 import sentencepiece
 from etils import epath
 
 from srlm_jax.generate import generate
 from srlm_jax.model import config_files, weights
+from srlm_jax.pipeline.generate import open_model
 from srlm_jax.records import Responses, SamplingParams
 from srlm_jax.sampling.engine import EngineConfig
 from srlm_jax.storage import jsonl
+from srlm_jax.text.chat import PLAIN
 
 TEXTS = ("two words more", "more two words", "words more two", "and two words", "words and more")
 PROMPTS = [f'{{"id": "p{i}", "prompt": "{text}"}}' for i, text in enumerate(TEXTS)]
@@ -49,6 +52,13 @@ def run(folder, output, params=DRAWN, prompts="prompts.jsonl", **changes):
     } | changes  # fmt: skip
     generate(folder, folder.parent / prompts, folder.parent / output, params=params, **arguments)
     return jsonl.read(folder.parent / output, Responses)
+
+
+def test_a_model_from_a_folder_is_rounded_as_the_engine_says(folder, one_device):
+    config = EngineConfig(rows=4, steps=2, weights="int8", cache="int8")
+    source = open_model(folder, one_device("data", "tensor"), chat_format=PLAIN, config=config, key=jax.random.key(0))
+    assert source.model.blocks.up.values.dtype == "int8"
+    assert len(run(folder, "out.jsonl", engine=config)) == len(PROMPTS)
 
 
 def test_every_prompt_is_answered_in_order(folder):

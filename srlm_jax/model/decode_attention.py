@@ -4,6 +4,7 @@ XLA's own attention reads whole levels of a cache, however little of them is use
 to any kernel. Here the stack of all layers stays where it is, and blocks of one layer's slots come to the chip while
 those before them are worked on (flash decoding; a softmax is taken piece by piece: Milakov and Gimelshein, arXiv
 1805.02867). Rows that read the same keys are so many more queries of one matrix product (Hydragen, arXiv 2402.05099).
+What is kept in 8 bits is not multiplied out: a score counts the key's scale, and a weight the value's.
 
 Axes: L layers, R rows of a level, K key-value heads, Q queries that read one row's keys of one head, S slots, H head
 width.
@@ -34,8 +35,8 @@ def block_size(slots: int, slot_bytes: int) -> int | None:
 
 
 def block_of(stack: jax.Array | Slots) -> int | None:
-    """Slots of a stack [L, R, K, S, H] that are read at once. Scales lie along a register's lanes, of which as many are
-    read as there are, or all that a row has."""
+    """Slots of a stack [L, R, K, S, H] that are read at once; None: none that a TPU likes. In 8 bits their scales lie
+    along the lanes of a register, so that whole registers are read, or all of a row."""
     _, _, K, S, H = stack.shape
     if not isinstance(stack, Slots):
         return block_size(S, K * H * stack.dtype.itemsize)

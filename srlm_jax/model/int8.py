@@ -27,8 +27,8 @@ class Slots:
     """Keys, or values, in 8 bits: stands for the array that they are a rounded copy of.
 
     values: [..., S, H].
-    scale: [..., 1, S] in float32, one for the H numbers of a slot of a head. Slots come last, as they do in scores; and
-      before them an axis of size 1, since a TPU pads the last two axes to whole tiles, unless one of them is 1.
+    scale: [..., 1, S] in float32, one for the H numbers of a slot of a head. Slots come last, as they do in scores, and
+      before them an axis of size 1: a TPU cuts the last two axes into whole tiles alone, and heads are to be free.
     """
 
     values: jax.Array

@@ -166,7 +166,8 @@ def sample(
     """Samples every prompt of every group; results in the order of `groups`.
 
     Equal (key, address, prompt's index, sample's index) give equal completions, whatever else is in the call and
-    however wide the engine is, as far as the device adds in the same order.
+    however wide the engine is, as far as the device adds in the same order. Of a cache in 8 bits tokens read rounded
+    what is in another level or chunk than they, so that what all prompts begin with counts too.
 
     Args:
       key: what the random numbers of this stage derive from.

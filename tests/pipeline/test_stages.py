@@ -8,7 +8,7 @@ import pytest
 
 from configs.base import get_config
 from srlm_jax.data import world
-from srlm_jax.model import llama
+from srlm_jax.model import llama, quantized
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline import answering, judging, seeding, training
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
@@ -484,6 +484,21 @@ def test_a_kept_model_is_trained_and_sampled_from_without_its_file(tmp_path):
     assert run.give_away("m1") is model
     with pytest.raises(BadCheckpoint):  # now it would be read
         run.to_train("m1")
+
+
+def test_a_model_is_rounded_for_sampling_alone(tmp_path):
+    run = open_run(tmp_path, model__compute_dtype="bfloat16", engine__weights="int8", mesh__fsdp=4, mesh__tensor=2)
+    config = run.settings.model.llama
+    places = rules.model_shardings(run.train_mesh, rules.TRAIN, llama.abstract(config))
+    model = jax.jit(lambda: llama.init(config, jax.random.key(0)), out_shardings=places)()
+    run.keep("m1", model)
+    sampled = run.to_sample("m1")
+    assert {x.dtype for x in jax.tree.leaves(run.to_train("m1"))} == {np.dtype("float32")}
+    assert (sampled.embedding.dtype, sampled.blocks.q.scale.dtype) == ("bfloat16", "bfloat16")
+    wanted = quantized.quantize(model, "int8").blocks.down
+    assert sampled.blocks.down.values[...].sharding == rules.sharding(run.sample_mesh, rules.SAMPLE, wanted.values.axes)
+    np.testing.assert_array_equal(sampled.blocks.down.values[...], wanted.values[...])
+    assert run.config("engine")["config.engine.weights"] == "int8"  # what the ledger compares
 
 
 def test_one_model_is_kept_at_a_time(tmp_path):

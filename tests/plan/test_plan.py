@@ -15,7 +15,7 @@ from configs import base
 from srlm_jax.model.lora import LoraConfig
 from srlm_jax.parallel.mesh import MeshShape
 from srlm_jax.pipeline.settings import BadConfig, read
-from srlm_jax.plan import chips, planning, programs, report, stages
+from srlm_jax.plan import chips, formulas, planning, programs, report, stages
 from srlm_jax.plan.programs import Compiled, TooLarge
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,20 @@ def test_adapters_make_room_for_a_7b_on_one_gpu():
     assert whole.needed - step.needed == pytest.approx(3 * 2 * s.model.llama.parameters, rel=0.05)
     with pytest.raises(BadConfig, match=r"^config\.lora: rank is 5000, more than the 4096 .*model\.D\)$"):
         planning.make_plan(dataclasses.replace(s, lora=LoraConfig(rank=5_000, alpha=16.0)), "h100:1", silent)
+
+
+def test_weights_in_8_bits_make_room_to_sample_from_a_70b_on_v5e():
+    """Its eight key-value heads bound `tensor`: an eighth of the weights in bfloat16 is more than a chip has."""
+    exact, where, mesh = settings("llama2_70b"), chips.parse_slice("v5e:8x16"), MeshShape(data=1, fsdp=16, tensor=8)
+    rounded = dataclasses.replace(exact, engine=dataclasses.replace(exact.engine, weights="int8"))
+    refused = [program.name for program in planning.by_formula(exact, where, mesh).programs if not program.fits]
+    assert {"decode, judgements", "reshard"} <= set(refused)
+    plan = planning.by_formula(rounded, where, mesh)
+    assert plan.fits
+    # The model as it is trained, the same rounded, and the rounded copy of an eighth.
+    reshard, c = plan.programs[-1], exact.model.llama
+    wanted = 4 * c.parameters / 128 + formulas.rounded_bytes(c) / 128 + formulas.sample_bytes(c, "int8") / 8
+    assert (reshard.name, reshard.needed) == ("reshard", pytest.approx(wanted))
 
 
 def test_what_does_not_fit_says_which_program_by_how_much_and_what_to_change():
