@@ -300,8 +300,9 @@ def test_the_first_config_stops_at_the_first_model(copy, run):
 # --- compiled programs ------------------------------------------------------------------------------------------------
 
 
-def test_a_round_compiles_twelve_programs_at_most_and_the_next_one_none(copy, environment):
-    """Of those that read a model's weights; the last file of judgements has fewer groups, and takes two of its own."""
+def test_a_round_compiles_twelve_programs_at_most_and_the_next_one_a_training_step_at_most(copy, environment):
+    """Of those that read a model's weights; the last file of judgements has fewer groups, and takes two of its own. How
+    many rows packed pairs take depends on the round's pairs."""
     script = ROOT / "tests" / "pipeline" / "counted_programs.py"
     done = subprocess.run(
         [sys.executable, str(script), str(copy)],
@@ -311,7 +312,7 @@ def test_a_round_compiles_twelve_programs_at_most_and_the_next_one_none(copy, en
     rounds = json.loads(done.stdout.splitlines()[-1])
     assert {"admit", "decode", "response_logprobs", "train_step"} <= {*rounds["m2"]}
     assert len(rounds["m2"]) <= 12
-    assert rounds["m3"] == []
+    assert rounds["m3"] in ([], ["train_step"])
 
 
 # --- what a user can put right ----------------------------------------------------------------------------------------
