@@ -21,6 +21,7 @@ from srlm_jax.parallel.mesh import MeshShape, sample_mesh
 from srlm_jax.sampling import decode
 from srlm_jax.sampling.decode import Shape
 from srlm_jax.sampling.engine import Draw, EngineConfig, Group, Work, sample
+from srlm_jax.sampling.prefill import prefill_prefix
 from srlm_jax.text.tokenizer import SentencePieceTokenizer
 
 KINDS = {"weights": ("int8", None), "cache": (None, "int8"), "weights and cache": ("int8", "int8")}
@@ -147,8 +148,8 @@ def test_greedy_samples_mostly_begin_as_they_would_without(tiny_llama, one_devic
 @pytest.mark.parametrize(("cache", "kept"), [(None, {"float32"}), ("int8", {"int8", "float32"})])
 def test_every_level_is_kept_as_it_is_asked_for(tiny_llama, cache, kept):
     room = Shape(data=1, groups=2, prompts=1, samples=1, rows=2, slots=(8, 8, 8), stop_length=1, cache=cache)
-    prefill = functools.partial(decode.prefill_prefix, cache=cache)
-    prefix = jax.eval_shape(prefill, tiny_llama, jnp.zeros((1, 64), int), jnp.ones(1, int))
+    read = functools.partial(prefill_prefix, cache=cache)
+    prefix = jax.eval_shape(read, tiny_llama, jnp.zeros((1, 64), int), jnp.ones(1, int))
     state = jax.eval_shape(lambda prefix: decode.start(tiny_llama, prefix, room, jax.random.key(0)), prefix)
     for stack in (state.prefix.k_LRKSH, state.groups.v_LRKSH, state.prompts.k_LRKSH, state.v_LBKSH):
         assert {str(x.dtype) for x in jax.tree.leaves(stack)} == kept
