@@ -49,9 +49,11 @@ def _packed(parts: Sequence[Sequence[Row]]) -> list[TokenBatch]:
     """Each part's documents as a batch, all of one shape: the smallest of a few."""
     lengths = [[row.length for row in part] for part in parts]
     longest = batches.padded_length([length for part in lengths for length in part], _MULTIPLE)
-    shapes = [Shape(max(len(pack(part, length)) for part in lengths), length) for length in (longest, 2 * longest)]
-    shape = min(shapes, key=lambda shape: shape.rows * shape.length)
-    groups = [pack(part, shape.length) for part in lengths]
+    found = []
+    for length in (longest, 2 * longest):
+        groups = [pack(part, length) for part in lengths]
+        found.append((Shape(max(map(len, groups)), length), groups))
+    shape, groups = min(found, key=lambda one: one[0].rows * one[0].length)
     return [batches.packed_batch(part, group, shape) for part, group in zip(parts, groups, strict=True)]
 
 

@@ -27,7 +27,7 @@ from srlm_jax.model.int8 import Slots
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.sampling import filters
-from srlm_jax.sampling.prefill import HALVINGS, Below, prefill
+from srlm_jax.sampling.prefill import CHUNK, HALVINGS, Below, prefill
 
 NO_TOKEN = -1  # in a stop sequence: any token matches
 NO_SAMPLE = -1  # what an idle row decodes
@@ -167,7 +167,7 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
     parents = () if state.prefix is None else (state.prefix,)
     start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.length_R[0])
     read = functools.partial(
-        prefill, model, parents, data=D, cache="int8" if isinstance(state.k_LBKSH, Slots) else None
+        prefill, model, parents, data=D, chunk=CHUNK, cache="int8" if isinstance(state.k_LBKSH, Slots) else None
     )
     group_level = read(None, new.group_tokens_AT, new.group_length_A, start_A, halvings=0)
     start_AP = jnp.broadcast_to((start_A + new.group_length_A)[:, None], (A, P))
@@ -281,7 +281,7 @@ def _read_by_any(level: Level, readers_DX: Array, rows: int) -> Level:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What `decode` gives the host to look at; N of its columns are real steps, and the others hold no samples."""
+    """What `decode` gives the host to look at: N steps, those that it did not need without a sample in any row."""
 
     tokens_BN: Int[Array, "B N"]
     sample_BN: Int[Array, "B N"]  # whose the token is; NO_SAMPLE where the row was idle

@@ -49,6 +49,7 @@ def prefill(
     start_R: Int[Array, "R"],
     *,
     data: int,
+    chunk: int,
     halvings: int,
     cache: str | None,
 ) -> Level:
@@ -57,9 +58,10 @@ def prefill(
     Args:
       parents: what all rows come after, each level read as in `model.cache.Cache`.
       below: besides, a level that rows of it descend from in any order; None: there is none.
-      tokens_RT: filled up on the right; longer than CHUNK a multiple of it.
+      tokens_RT: filled up on the right; where they are longer than `chunk`, to a multiple of it.
       lengths_R: how many tokens each row has. With `halvings`, those of each of the `data` groups in falling order.
       start_R: the place of a row's first token in its document.
+      chunk: how many tokens of a row are read at once.
       halvings: how often half of the rows is left out, once it has ended.
       cache: how keys and values are kept; see `cache.empty`.
     """
@@ -95,13 +97,13 @@ def prefill(
         return after.k_LBKSH, after.v_LBKSH
 
     at, leaf = jnp.int32(0), (kv.empty(model.config, R, T, cache), kv.empty(model.config, R, T, cache))
-    if T <= CHUNK:
+    if chunk >= T:
         return Level(*read(at, leaf, own, T), lengths_R)
     for rows, fewer in _widths(own, halvings):
         until = jnp.max(lengths_R.reshape(data, own)[:, fewer] if fewer else lengths_R)
         part = leaf if rows == own else jax.tree.map(lambda x, rows=rows: leading(x, rows, 1), leaf)
         goes_on = lambda carry, until=until: carry[0] < until
-        step = lambda carry, rows=rows: (carry[0] + CHUNK, read(*carry, rows, CHUNK))
+        step = lambda carry, rows=rows: (carry[0] + chunk, read(*carry, rows, chunk))
         at, part = jax.lax.while_loop(goes_on, step, (at, part))
         leaf = part if rows == own else jax.tree.map(lambda x, first, rows=rows: back(x, first, rows), leaf, part)
     return Level(*leaf, lengths_R)
@@ -131,16 +133,7 @@ def prefill_prefix(
     model: Llama, tokens_1T: Int[Array, "1 T"], length_1: Int[Array, "1"], *, cache: str | None
 ) -> Level:
     """The level of the tokens that all prompts begin with, filled up behind; kept as `cache` says."""
-    T = tokens_1T.shape[1]
-    before = Cache(
-        parents=(),
-        shared=(),
-        siblings=None,
-        k_LBKSH=kv.empty(model.config, 1, T, cache),
-        v_LBKSH=kv.empty(model.config, 1, T, cache),
-        slot=jnp.int32(0),
-        readable=None,
-        among_themselves=True,
-    )
-    _, after = model(tokens_1T, jnp.arange(T)[None], segments_BT=None, cache=before, dropout=None)
-    return Level(after.k_LBKSH, after.v_LBKSH, length_1)
+    start_1, whole = jnp.zeros(1, jnp.int32), tokens_1T.shape[1]
+    return prefill(
+        model, (), None, tokens_1T, length_1, start_1, data=1, chunk=whole, halvings=0, cache=cache
+    )  # fmt: skip

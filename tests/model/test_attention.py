@@ -303,7 +303,9 @@ def test_prefill_of_two_levels_through_the_kernel_and_decoding_is_the_forward_pa
     """A prefix of 130 tokens, two rows of 140 and 133 more, read in chunks; then a token of each of their samples."""
     prefix, rows, last = tokens(130), tokens(2, 256), tokens(4, 1)
     root = prefill.prefill_prefix(tiny_llama, prefix[None], jnp.array([130]), cache=None)
-    read = jax.jit(lambda *arguments: prefill.prefill(tiny_llama, *arguments, data=1, halvings=1, cache=None))
+    read = jax.jit(
+        lambda *arguments: prefill.prefill(tiny_llama, *arguments, data=1, chunk=128, halvings=1, cache=None)
+    )
     level = read((root,), None, rows, jnp.array([140, 133]), jnp.array([130, 130]))
     leaf = empty(tiny_llama.config, 4, 4, None)
     cache = Cache(
