@@ -91,7 +91,7 @@ def _parts(command: str, needs: Mapping[str, cost.Need]) -> dict[str, list[cost.
 def _sides(setting: Setting, tree: Tree, opened: contextlib.ExitStack) -> tuple[list[Side], dict[str, str]]:
     found, versions = [], {}
     for dtype in setting.dtypes:
-        model = random_model(setting.of(dtype), setting.made_in)
+        model = engine.decoding_model(random_model(setting.of(dtype), setting.made_in), sample_mesh())
         found.append(Side(name=OURS, dtype=dtype, run=functools.partial(_run_ours, setting, model, tree)))
         if setting.unshared:
             alone = functools.partial(_run_ours, setting, model, tree.unshared())

@@ -79,6 +79,11 @@ ALL = Readable(causal=False, segments_BT=None, length_R=None, start_R=None)
 CAUSAL = dataclasses.replace(ALL, causal=True)
 
 
+# Keys, or values, of some layers. A stack of one layer has no axis for it: XLA's CPU backend would copy it to cut that
+# off, where it reads what it has just written.
+Stack = Float[Array, "L R K S H"] | Float[Array, "R K S H"] | Slots
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -88,8 +93,8 @@ class Part:
     before, they would be copied for it. Row b of the queries reads row b * R // B, siblings being adjacent.
     """
 
-    k_LRKSH: Float[Array, "L R K S H"] | Slots
-    v_LRKSH: Float[Array, "L R K S H"] | Slots
+    k_LRKSH: Stack
+    v_LRKSH: Stack
     layer: Int[Array, ""]
     readable: Readable
 
@@ -102,13 +107,13 @@ class Part:
         return self._own(self.v_LRKSH)
 
     def _own(self, stack: jax.Array | Slots) -> jax.Array | Slots:
-        index = lambda x: x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+        index = lambda x: x if x.ndim == 4 else jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
         return jax.tree.map(index, stack)
 
 
 def alone(k_RKSH: Float[Array, "R K S H"], v_RKSH: Float[Array, "R K S H"], readable: Readable) -> Part:
     """Keys and values that are in no stack."""
-    return Part(k_RKSH[None], v_RKSH[None], jnp.int32(0), readable)
+    return Part(k_RKSH, v_RKSH, jnp.int32(0), readable)
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +161,7 @@ def attend(
     Differentiable with one part; several are a cache's, which nobody differentiates through.
     """
     single = len(parts) + len(shared) == 1
-    kernels = [kernel(platform(), q_BNTH, part, single=single) for part in (*parts, *shared)]
+    kernels = [kernel(rules.platform(), q_BNTH, part, single=single) for part in (*parts, *shared)]
     arrays, tree = jax.tree.flatten((q_BNTH, parts, shared, siblings))
 
     def run(*arrays: jax.Array) -> jax.Array:
@@ -185,20 +190,11 @@ def attend(
     return rules.on_each_device(run, arrays, [axes[jnp.ndim(array)] for array in arrays])
 
 
-def platform() -> str:
-    """Where the function that is being traced will run: "cpu", "gpu" or "tpu".
-
-    The mesh knows, also where its devices are descriptions alone and this process has none of their kind.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
 def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Callable:
     """The function for this part on this platform: from queries and a part to the output and, `with_lse`, the
     log-sum-exp of the scores (float32), by which parts are merged. `single`: it is the only part, and nobody asks.
     """
-    (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[3]
+    (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[-2]
     half = q_BNTH.dtype in (jnp.bfloat16, jnp.float16)
     if T == 1:
         if platform == "tpu" and H % LANES == 0 and decode_attention.block_of(part.k_LRKSH) is not None:
@@ -215,14 +211,14 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
 
 def plain(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
     """All scores at once, by XLA."""
-    mask = part.readable.mask_RCTS(0, q_BNTH.shape[2], part.k_LRKSH.shape[3])
+    mask = part.readable.mask_RCTS(0, q_BNTH.shape[2], part.k_LRKSH.shape[-2])
     return ops.attend(q_BNTH, part.k_RKSH, part.v_RKSH, mask)
 
 
 def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
     """The scores of one block of queries after the other, by XLA; on the way back they are computed again."""
     B, N, T, H = q_BNTH.shape
-    S, blocks = part.k_LRKSH.shape[3], -(-T // QUERY_BLOCK)
+    S, blocks = part.k_LRKSH.shape[-2], -(-T // QUERY_BLOCK)
     q = _pad(q_BNTH, 2, blocks * QUERY_BLOCK, 0).reshape(B, N, blocks, QUERY_BLOCK, H)
     readable = part.readable
     if readable.segments_BT is not None:
@@ -252,15 +248,14 @@ def decoding_gpu(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.
 
 def _decoding(q_BNTH: jax.Array, part: Part, flash_decode: Callable) -> tuple[jax.Array, jax.Array]:
     B, N, _, H = q_BNTH.shape
-    _, R, K, S, _ = part.k_LRKSH.shape
+    R, K, S, _ = part.k_LRKSH.shape[-4:]
     C, readable = B // R, part.readable
     # Siblings are so many more query heads of a key-value head.
     q_RKQH = q_BNTH.reshape(R, C, K, N // K, H).swapaxes(1, 2).reshape(R, K, C * N // K, H)
     zeros_R = jnp.zeros(R, jnp.int32)
     out, lse = flash_decode(
         q_RKQH * H**-0.5,
-        part.k_LRKSH,
-        part.v_LRKSH,
+        *(jax.tree.map(lambda x: x[None] if x.ndim == 4 else x, stack) for stack in (part.k_LRKSH, part.v_LRKSH)),
         part.layer,
         zeros_R if readable.start_R is None else readable.start_R,
         zeros_R + S if readable.length_R is None else readable.length_R,
@@ -272,7 +267,7 @@ def _decoding(q_BNTH: jax.Array, part: Part, flash_decode: Callable) -> tuple[ja
 def splash(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:
     """JAX's splash attention for TPUs; differentiable without the log-sum-exp alone."""
     B, N, T, H = q_BNTH.shape
-    _, R, K, S, _ = part.k_LRKSH.shape
+    R, K, S, _ = part.k_LRKSH.shape[-4:]
     C, readable = B // R, part.readable
     queries, keys = (-(-length // LANES) * LANES for length in (T, S))
     # Siblings are so many more query heads of a key-value head.

@@ -35,9 +35,9 @@ def block_size(slots: int, slot_bytes: int) -> int | None:
 
 
 def block_of(stack: jax.Array | Slots) -> int | None:
-    """Slots of a stack [L, R, K, S, H] that are read at once; None: none that a TPU likes. In 8 bits their scales lie
+    """Slots of a stack [..., R, K, S, H] that are read at once; None: none that a TPU likes. In 8 bits their scales lie
     along the lanes of a register, so that whole registers are read, or all of a row."""
-    _, _, K, S, H = stack.shape
+    K, S, H = stack.shape[-3:]
     if not isinstance(stack, Slots):
         return block_size(S, K * H * stack.dtype.itemsize)
     if S % _LANES == 0:

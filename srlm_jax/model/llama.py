@@ -8,6 +8,7 @@ V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,16 @@ class Llama(nnx.Module):
         if not c.tied:
             self.output = weight(rngs, (c.D, c.V), ("embed", "vocab"), c.D**-0.5, c.param_dtype)
 
+    @property
+    def stacks(self) -> list[Blocks]:
+        """The blocks, all in one stack or each in one of its own (`by_layer`)."""
+        return list(self.blocks) if isinstance(self.blocks, nnx.List) else [self.blocks]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """How many blocks each stack has."""
+        return tuple(blocks.attention_norm.shape[0] for blocks in self.stacks)
+
     def head(self) -> Float[Array, "D V"]:
         """The output projection, in the compute dtype: logits = hidden @ head."""
         head = self.embedding[...].T if self.config.tied else self.output[...]
@@ -98,8 +109,8 @@ class Llama(nnx.Module):
         B, T = tokens_BT.shape
         cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta, c.rope_scaling)
         assert cache is None or segments_BT is None
+        assert dropout is None or len(self.stacks) == 1
         own = dataclasses.replace(attention.CAUSAL, segments_BT=segments_BT)
-        leaf = None if cache is None else (cache.k_LBKSH, cache.v_LBKSH)
 
         # Between the halves of a block, and so in what gradients keep of it, the tokens of a row are shared by the
         # devices that split its products (Megatron's sequence parallelism, arXiv 2205.05198). The products' operands
@@ -109,7 +120,7 @@ class Llama(nnx.Module):
         stored = whole if cache is not None else lambda x_BTD: rules.constrain(x_BTD, "batch", "stored_tokens", "embed")
         scattered = lambda x_BTD: stored(whole(x_BTD))
 
-        def block(carry, scanned):
+        def block(stack, carry, scanned):
             x_BTD, leaf = carry
             w, layer = scanned
             drop = None if dropout is None else dropout.fold(layer)
@@ -125,8 +136,8 @@ class Llama(nnx.Module):
                 leaf = tuple(write(kv, new, layer, cache.slot) for kv, new in zip(leaf, (k_BKTH, v_BKTH), strict=True))
                 if cache.readable is not None:
                     parts.append(Part(*leaf, layer, cache.readable))
-                parts += [level.part(layer) for level in cache.parents]
-                shared, siblings = [level.part(layer) for level in cache.shared], cache.siblings
+                parts += [level.part(stack, layer) for level in cache.parents]
+                shared, siblings = [level.part(stack, layer) for level in cache.shared], cache.siblings
             a_BNTH = attention.attend(q_BNTH, parts, shared, siblings)
             a_BTD = scattered(ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D)))
             x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(0)(a_BTD))
@@ -137,12 +148,18 @@ class Llama(nnx.Module):
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]
         x_BTD = stored(x_BTD)
-        body = jax.checkpoint(block) if c.remat and cache is None else block
-        (x_BTD, leaf), _ = jax.lax.scan(body, (x_BTD, leaf), (self.blocks, jnp.arange(c.L)))
+        body = jax.checkpoint(block, static_argnums=0) if c.remat and cache is None else block
+        leaves = []
+        for stack, (blocks, layers) in enumerate(zip(self.stacks, self.layers, strict=True)):
+            leaf = None if cache is None else (cache.k_LBKSH[stack], cache.v_LBKSH[stack])
+            scanned = (blocks, jnp.arange(layers))
+            (x_BTD, leaf), _ = jax.lax.scan(functools.partial(body, stack), (x_BTD, leaf), scanned)
+            leaves.append(leaf)
         x_BTD = whole(ops.rms_norm(x_BTD, self.norm[...].astype(c.compute_dtype), c.norm_eps))
         if cache is None:
             return x_BTD, None
-        return x_BTD, dataclasses.replace(cache, k_LBKSH=leaf[0], v_LBKSH=leaf[1])
+        k_LBKSH, v_LBKSH = zip(*leaves, strict=True)
+        return x_BTD, dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
 
 
 def project(
@@ -156,6 +173,26 @@ def project(
 def init(config: LlamaConfig, key: PRNGKeyArray) -> Llama:
     """A randomly initialised model. Under `jax.jit` with shardings, each device makes its own part only."""
     return Llama(config, rngs=nnx.Rngs(key))
+
+
+def by_layer(model: Llama) -> Llama:
+    """`model` with each block's weights as arrays of their own, and so each layer of its cache: to decode with on CPUs
+    and GPUs, where a loop over a stack copies of it at every token what a layer reads. A TPU reads it in place."""
+    (layers,) = model.layers
+    apart, stacked = jax.tree.map(lambda leaf: leaf, model), jax.tree.leaves(model.blocks)
+    places = tuple(x.sharding for x in stacked)
+    one = lambda layer: jax.tree.unflatten(jax.tree.structure(model.blocks), _of_layer(stacked, layer, places))
+    apart.blocks = nnx.List([one(layer) for layer in range(layers)])
+    return apart
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def _of_layer(
+    stacked: list[jax.Array], layer: int | Int[Array, ""], places: tuple[jax.sharding.Sharding, ...]
+) -> list[jax.Array]:
+    """One layer of stacks, each as a stack of it alone."""
+    cut = lambda x, place: jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(x, layer, 1), place)
+    return list(map(cut, stacked, places))
 
 
 def abstract(config: LlamaConfig) -> Llama:

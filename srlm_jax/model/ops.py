@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from srlm_jax.model.config import RopeScaling
 from srlm_jax.model.int8 import Slots
+from srlm_jax.parallel import rules
 
 # Stands for minus infinity where a row may have nothing to attend to: exp() of it is 0, and differences stay finite.
 MASKED = -1e30
@@ -168,10 +169,14 @@ def linear(x_BTD: Float[Array, "B T D"], w_DF: Float[Array, "D F"] | Adapted | Q
     if isinstance(w_DF, Adapted):
         return linear(x_BTD, w_DF.w) + w_DF.scale * linear(linear(x_BTD, w_DF.a), w_DF.b)
     B, T, D = x_BTD.shape
+    x_RD = x_BTD.reshape(B * T, D)
     if isinstance(w_DF, Quantized):
         # In the type of x, since devices that share a product add up what comes of it; but the sums of whole numbers
         # are as large as 127 makes them, too large for float16.
-        dtype = jnp.float32 if x_BTD.dtype == jnp.float16 else x_BTD.dtype
-        out = jnp.matmul(x_BTD.reshape(B * T, D), w_DF.values, preferred_element_type=dtype)
+        dtype = jnp.float32 if x_BTD.dtype == jnp.float16 or rules.platform() == "cpu" else x_BTD.dtype
+        out = jnp.matmul(x_RD, w_DF.values, preferred_element_type=dtype)
         return (out * w_DF.scale.astype(dtype)[None]).astype(x_BTD.dtype).reshape(B, T, -1)
-    return (x_BTD.reshape(B * T, D) @ w_DF).reshape(B, T, -1)
+    # XLA's CPU backend has fast products of 16-bit numbers, and takes them where sums are asked for as they are made.
+    # Elsewhere they are rounded first, since devices that share a product add up what comes of it.
+    dtype = jnp.float32 if rules.platform() == "cpu" else x_BTD.dtype
+    return jnp.matmul(x_RD, w_DF, preferred_element_type=dtype).astype(x_BTD.dtype).reshape(B, T, -1)

@@ -78,6 +78,15 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding(mesh, rules, axes))
 
 
+def platform() -> str:
+    """Where the function that is being traced will run: "cpu", "gpu" or "tpu".
+
+    The mesh knows, also where its devices are descriptions alone and this process has none of their kind.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def on_each_device(function: Callable, arrays: Sequence[jax.Array], axes: Sequence[tuple[str, ...]]) -> jax.Array:
     """`function(*arrays)`, run by each device on its own parts of them, for what the compiler cannot split; the result
     is as the first of them.

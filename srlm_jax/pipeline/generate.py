@@ -122,8 +122,9 @@ def open_model(
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, sizes.V)
     places = rules.model_shardings(mesh, rules.SAMPLE, llama.abstract(sizes))
+    model = quantized.quantize(weights.load(folder, sizes, places), config.weights)
     return ModelGenerate(
-        model=quantized.quantize(weights.load(folder, sizes, places), config.weights),
+        model=engine.decoding_model(model, mesh),
         tokenizer=tokenizer,
         chat_format=chat_format,
         config=config,

@@ -25,6 +25,7 @@ from srlm_jax.pipeline.generate import ModelGenerate, open_model, stage_key
 from srlm_jax.pipeline.ledger import Ledger
 from srlm_jax.pipeline.settings import BadConfig, ModelSettings, Settings, flatten
 from srlm_jax.records import Completion, Generate, Request, SamplingParams
+from srlm_jax.sampling import engine
 from srlm_jax.sampling.engine import Work
 from srlm_jax.storage import checkpoint, jsonl, rows
 from srlm_jax.text.chat import FORMATS, ChatFormat, encode_prompt
@@ -129,7 +130,7 @@ class Run:
         as_sampled = functools.partial(quantized.quantize, weights=self.settings.engine.weights)
         like = rules.placed(self.sample_mesh, rules.SAMPLE, jax.eval_shape(as_sampled, narrow))
         # Rounded first: less has to travel.
-        return reshard(as_sampled(self.to_train(name)), like)
+        return engine.decoding_model(reshard(as_sampled(self.to_train(name)), like), self.sample_mesh)
 
     def generate(self, name: str, stage: str) -> Generate:
         """The model of this run called `name` as a source of completions: by the server of config.endpoint, or on this

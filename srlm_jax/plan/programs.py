@@ -249,11 +249,12 @@ def _reshard(model: Llama, like: Llama, cost: Cost) -> Program:
 def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cost) -> list[Program]:
     seed = jax.eval_shape(lambda: jax.random.key(0))
     prefix = None
-    if x.prefix:
-        shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
-        prefill = functools.partial(prefill_prefix, cache=x.room.cache)
-        prefix = jax.eval_shape(prefill, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
-    state = jax.eval_shape(lambda prefix, seed: dec.start(model, prefix, x.room, seed), prefix, seed)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if x.prefix:
+            shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
+            prefill = functools.partial(prefill_prefix, cache=x.room.cache)
+            prefix = jax.eval_shape(prefill, model, shape(1, engine.prefix_slots(x.prefix)), shape(1))
+        state = jax.eval_shape(lambda prefix, seed: dec.start(model, prefix, x.room, seed), prefix, seed)
     state: DecodeState = jax.tree.map(
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, engine.shardings(mesh, state)
     )

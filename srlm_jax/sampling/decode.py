@@ -18,11 +18,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from srlm_jax.model import cache as kv
 from srlm_jax.model.attention import ALL, Siblings
-from srlm_jax.model.cache import Cache, Level
+from srlm_jax.model.cache import Cache, Level, Stacks
 from srlm_jax.model.int8 import Slots
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
@@ -90,8 +90,8 @@ class DecodeState:
     prefix: Level | None
     groups: Level
     prompts: Level
-    k_LBKSH: Float[Array, "L B K S H"] | Slots
-    v_LBKSH: Float[Array, "L B K S H"] | Slots
+    k_LBKSH: Stacks
+    v_LBKSH: Stacks
     clock: Int[Array, ""]
     first_X: Int[Array, "X"]
     start_X: Int[Array, "X"]
@@ -113,7 +113,7 @@ def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> Deco
 
     def level(rows: int, slots: int) -> Level:
         # Two arrays, not one twice: the state is donated, and no buffer can be donated twice.
-        k, v = (kv.empty(config, rows, slots, shape.cache) for _ in range(2))
+        k, v = (kv.empty(config, model.layers, rows, slots, shape.cache) for _ in range(2))
         return Level(k, v, jnp.zeros(rows, jnp.int32))
 
     leaf = level(B, shape.slots[2])
@@ -167,7 +167,7 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
     parents = () if state.prefix is None else (state.prefix,)
     start_A = jnp.full(A, 0 if state.prefix is None else state.prefix.length_R[0])
     read = functools.partial(
-        prefill, model, parents, data=D, chunk=CHUNK, cache="int8" if isinstance(state.k_LBKSH, Slots) else None
+        prefill, model, parents, data=D, chunk=CHUNK, cache="int8" if isinstance(state.k_LBKSH[0], Slots) else None
     )
     group_level = read(None, new.group_tokens_AT, new.group_length_A, start_A, halvings=0)
     start_AP = jnp.broadcast_to((start_A + new.group_length_A)[:, None], (A, P))
@@ -191,13 +191,14 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
 
         Each group of devices has its own entries and, of what is new, its own share: nothing moves between them.
         """
+        axis = axis % old.ndim
         shares = [x.reshape(*x.shape[:axis], D, -1, *x.shape[axis + 1 :]) for x in (old, fresh)]
         write = lambda old, fresh, entries: old.at[(slice(None),) * axis + (entries,)].set(fresh, mode="drop")
         return jax.vmap(write, (axis, axis, 0), axis)(*shares, entries_DI).reshape(old.shape)
 
     def put_level(old: Level, fresh: Level, entries_DI: Array) -> Level:
         stacks = [(level.k_LRKSH, level.v_LRKSH) for level in (old, fresh)]
-        k, v = jax.tree.map(lambda old, fresh: put(old, fresh, 1, entries_DI), *stacks)
+        k, v = jax.tree.map(lambda old, fresh: put(old, fresh, kv.ROWS, entries_DI), *stacks)
         return Level(k, v, put(old.length_R, fresh.length_R, 0, entries_DI))
 
     def put_samples(old: Array, fresh_APC: Array) -> Array:
@@ -296,7 +297,7 @@ def decode(
 
     A sample ends with a stop sequence, which is among its tokens, or after as many tokens as it may have.
     """
-    B, S, D = state.sample_B.shape[0], state.k_LBKSH.shape[3], state.queue_DX.shape[0]
+    B, S, D = state.sample_B.shape[0], state.k_LBKSH[0].shape[-2], state.queue_DX.shape[0]
     head_DV = model.head()
     # The arrays that a refill changes: what it leaves alone must not pass through the branch, or would be copied.
     names = ("readers_DX", "head_D", "sample_B", "written_B", "last_B", "recent_BM")

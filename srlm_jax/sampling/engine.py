@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from srlm_jax.model.llama import Llama
+from srlm_jax.model.llama import Llama, by_layer
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.sampling import decode as dec
 from srlm_jax.sampling.decode import Admission, DecodeConfig, Decoded, DecodeState, Shape
@@ -150,6 +150,12 @@ class _Layout:
         rest = [len(p) - 1 - prefix - n for group, n in zip(groups, shared, strict=True) for p in group.prompts]
         slots = (bucket(max(shared)), bucket(max(rest)), bucket(max_new_tokens))
         return cls(heads[0][:prefix], shared, slots, max(len(group.prompts) for group in groups))
+
+
+def decoding_model(model: Llama, mesh: jax.sharding.Mesh) -> Llama:
+    """`model` as it decodes fastest on the devices of `mesh` (see `by_layer`): for `sample`, which takes any."""
+    stacked = len(model.stacks) == 1 and mesh.devices.flat[0].platform != "tpu"
+    return by_layer(model) if stacked else model
 
 
 def sample(
@@ -372,7 +378,7 @@ def shardings(mesh: jax.sharding.Mesh, state: DecodeState) -> DecodeState:
     def place(path: tuple, leaf: jax.Array) -> jax.sharding.NamedSharding:
         name = jax.tree_util.keystr(path)
         table: Mapping[str, rules.MeshAxes] = rules.SAMPLE | ({"batch": ()} if "prefix" in name else {})
-        axes = _LEVEL_AXES if leaf.ndim == 5 else ("batch", "slots")[: leaf.ndim]
+        axes = _LEVEL_AXES[-leaf.ndim :] if leaf.ndim >= 4 else ("batch", "slots")[: leaf.ndim]
         return rules.sharding(mesh, table, axes)
 
     return jax.tree_util.tree_map_with_path(place, state)

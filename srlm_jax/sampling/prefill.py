@@ -70,14 +70,16 @@ def prefill(
 
     def leading(x: Array, rows: int, axis: int) -> Array:
         """The first `rows` rows of each group."""
+        axis = axis % x.ndim
         groups = x.reshape(*x.shape[:axis], data, own, *x.shape[axis + 1 :])
         first = jax.lax.slice_in_dim(groups, 0, rows, axis=axis + 1)
         return first.reshape(*x.shape[:axis], data * rows, *x.shape[axis + 1 :])
 
     def back(x: Array, first: Array, rows: int) -> Array:
         """A stack of layers, with other first rows."""
-        groups = x.reshape(x.shape[0], data, own, *x.shape[2:])
-        return groups.at[:, :, :rows].set(first.reshape(x.shape[0], data, rows, *x.shape[2:])).reshape(x.shape)
+        layers, row = x.shape[: kv.ROWS], x.shape[kv.ROWS + 1 :]
+        groups = x.reshape(*layers, data, own, *row)
+        return groups.at[..., :rows, :, :, :].set(first.reshape(*layers, data, rows, *row)).reshape(x.shape)
 
     def read(at: Int[Array, ""], leaf: tuple, rows: int, length: int) -> tuple:
         tokens = jax.lax.dynamic_slice_in_dim(leading(tokens_RT, rows, 0), at, length, axis=1)
@@ -96,12 +98,13 @@ def prefill(
         _, after = model(tokens, positions, segments_BT=None, cache=before, dropout=None)
         return after.k_LBKSH, after.v_LBKSH
 
-    at, leaf = jnp.int32(0), (kv.empty(model.config, R, T, cache), kv.empty(model.config, R, T, cache))
+    empty = lambda: kv.empty(model.config, model.layers, R, T, cache)
+    at, leaf = jnp.int32(0), (empty(), empty())
     if chunk >= T:
         return Level(*read(at, leaf, own, T), lengths_R)
     for rows, fewer in _widths(own, halvings):
         until = jnp.max(lengths_R.reshape(data, own)[:, fewer] if fewer else lengths_R)
-        part = leaf if rows == own else jax.tree.map(lambda x, rows=rows: leading(x, rows, 1), leaf)
+        part = leaf if rows == own else jax.tree.map(lambda x, rows=rows: leading(x, rows, kv.ROWS), leaf)
         goes_on = lambda carry, until=until: carry[0] < until
         step = lambda carry, rows=rows: (carry[0] + chunk, read(*carry, rows, chunk))
         at, part = jax.lax.while_loop(goes_on, step, (at, part))

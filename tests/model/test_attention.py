@@ -13,6 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from srlm_jax.model import attention, ops
 from srlm_jax.model.attention import ALL, CAUSAL, Siblings, alone
 from srlm_jax.model.cache import Cache, empty
+from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, sample_mesh, train_mesh
 from srlm_jax.sampling import prefill
 
@@ -65,7 +66,7 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def tpu(interpreted, monkeypatch):
     """Attention takes the devices at hand for TPUs."""
-    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(rules, "platform", lambda: "tpu")
 
 
 # --- what may be read -------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def levels(B, T):
 def test_levels_merge_as_they_do_in_plain_attention(tpu, monkeypatch):
     q, parts = levels(8, 140)
     found = attention.attend(q, parts, [], None)
-    monkeypatch.setattr(attention, "platform", lambda: "cpu")
+    monkeypatch.setattr(rules, "platform", lambda: "cpu")
     same(found, attention.attend(q, parts, [], None))
 
 
@@ -180,7 +181,7 @@ def test_devices_share_rows_and_heads(tpu, monkeypatch, shape, rows):
     wanted = outputs_and_gradients(attention.plain, readable, *arrays)
 
     def seeing(q, part, *, with_lse):
-        seen.add((q.shape[:2], part.k_LRKSH.shape[1:3], part.readable.segments_BT.shape[0]))
+        seen.add((q.shape[:2], part.k_LRKSH.shape[-4:-2], part.readable.segments_BT.shape[0]))
         return splash(q, part, with_lse=with_lse)
 
     splash = attention.splash
@@ -199,7 +200,7 @@ def test_devices_share_levels(tpu, monkeypatch, shape, rows):
     q, parts = levels(rows, 130)
     with jax.set_mesh(mesh):
         found = jax.jit(lambda q, parts: attention.attend(q, parts, [], None))(q, parts)
-    monkeypatch.setattr(attention, "platform", lambda: "cpu")
+    monkeypatch.setattr(rules, "platform", lambda: "cpu")
     same(found, attention.attend(q, parts, [], None))
 
 
@@ -246,8 +247,8 @@ def described(platform, **axes):
 def test_the_platform_is_that_of_the_mesh_though_this_process_has_none_of_its_devices(name):
     found = []
     with jax.sharding.use_abstract_mesh(described(name, data=2)):
-        jax.make_jaxpr(jax.jit(lambda: found.append(attention.platform())))()
-    assert (found, attention.platform()) == ([name], "cpu")
+        jax.make_jaxpr(jax.jit(lambda: found.append(rules.platform())))()
+    assert (found, rules.platform()) == ([name], "cpu")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def hidden_and_gradients(model, tokens_BT, segments_BT):
 def test_the_model_says_the_same_through_the_kernel(make_llama, monkeypatch, interpreted, segments):
     model, row = make_llama(remat=True), tokens(2, 150)
     wanted = hidden_and_gradients(model, row, segments)
-    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(rules, "platform", lambda: "tpu")
     for one, other in zip(*map(jax.tree.leaves, (hidden_and_gradients(model, row, segments), wanted)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
@@ -307,7 +308,7 @@ def test_prefill_of_two_levels_through_the_kernel_and_decoding_is_the_forward_pa
         lambda *arguments: prefill.prefill(tiny_llama, *arguments, data=1, chunk=128, halvings=1, cache=None)
     )
     level = read((root,), None, rows, jnp.array([140, 133]), jnp.array([130, 130]))
-    leaf = empty(tiny_llama.config, 4, 4, None)
+    leaf = empty(tiny_llama.config, tiny_llama.layers, 4, 4, None)
     cache = Cache(
         parents=(root, level),
         shared=(),

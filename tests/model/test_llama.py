@@ -56,7 +56,7 @@ def prefill(model, tokens_RT, lengths, start, parents):
     """A finished level of rows of different lengths, filled up with tokens that nobody may read."""
     R, T = tokens_RT.shape
     positions = jnp.array(start)[:, None] + jnp.arange(T)[None]
-    leaf = (empty(model.config, R, T, None),) * 2
+    leaf = (empty(model.config, model.layers, R, T, None),) * 2
     hidden, (k, v) = step(model, tokens_RT, positions, parents, leaf, 0, None)
     return hidden, Level(k, v, jnp.array(lengths))
 
@@ -102,22 +102,24 @@ def test_packed_documents_do_not_see_each_other(tiny_llama):
     np.testing.assert_allclose(found, wanted, **CLOSE)
 
 
-def test_one_level_prefill_and_decode_is_the_forward_pass(tiny_llama):
+@pytest.mark.parametrize("apart", [False, True], ids=["one stack", "by layer"])
+def test_one_level_prefill_and_decode_is_the_forward_pass(tiny_llama, apart):
     row = tokens(2, 9)
     wanted = forward(tiny_llama, row)
-    leaf = (empty(tiny_llama.config, 2, 12, None),) * 2
+    model = llama.by_layer(tiny_llama) if apart else tiny_llama
+    leaf = (empty(model.config, model.layers, 2, 12, None),) * 2
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    hidden, leaf = step(tiny_llama, row[:, :5], positions, (), leaf, 0, None)
+    hidden, leaf = step(model, row[:, :5], positions, (), leaf, 0, None)
     np.testing.assert_allclose(hidden, wanted[:, :5], **CLOSE)
     for t in range(5, 9):
-        hidden, leaf = step(tiny_llama, row[:, t : t + 1], jnp.full((2, 1), t), (), leaf, t, held(0, t + 1, 2))
+        hidden, leaf = step(model, row[:, t : t + 1], jnp.full((2, 1), t), (), leaf, t, held(0, t + 1, 2))
         np.testing.assert_allclose(hidden[:, 0], wanted[:, t], **CLOSE)
 
 
 def test_several_tokens_at_a_time_are_the_forward_pass(tiny_llama):
     """Chunks of 3 of a row of 9: each reads the slots of those before it, and itself."""
     row = tokens(2, 9)
-    wanted, leaf = forward(tiny_llama, row), (empty(tiny_llama.config, 2, 9, None),) * 2
+    wanted, leaf = forward(tiny_llama, row), (empty(tiny_llama.config, tiny_llama.layers, 2, 9, None),) * 2
     for first in (0, 3, 6):
         positions = jnp.broadcast_to(first + jnp.arange(3), (2, 3))
         part = row[:, first : first + 3]
@@ -147,7 +149,7 @@ def test_a_tree_of_levels_with_ragged_rows_and_a_ring_is_the_forward_pass(tiny_l
     parents = (root, middle, bottom)
     position_B = jnp.array(np.repeat(start_R + lengths(prompts), 2))
 
-    leaf = (empty(tiny_llama.config, 8, 4, None),) * 2
+    leaf = (empty(tiny_llama.config, tiny_llama.layers, 8, 4, None),) * 2
     found = []
     for t in range(4):
         slot = (2 + t) % 4

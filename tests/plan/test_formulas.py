@@ -10,6 +10,7 @@ import pytest
 from srlm_jax.model import cache, llama, lora, quantized
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.lora import LoraConfig
+from srlm_jax.parallel import rules
 from srlm_jax.plan import formulas
 from srlm_jax.plan.formulas import Split
 from srlm_jax.sampling.decode import Shape
@@ -110,12 +111,14 @@ def test_decoding_reads_each_level_once_for_those_that_share_it():
 
 
 @pytest.mark.parametrize("kind", [None, "int8"])
-def test_bytes_of_what_is_sampled_with_are_those_of_its_arrays(kind):
+def test_bytes_of_what_is_sampled_with_are_those_of_its_arrays(monkeypatch, kind):
+    monkeypatch.setattr(rules, "platform", lambda: "tpu")
     c = dataclasses.replace(WIDE, param_dtype="bfloat16", compute_dtype="bfloat16")
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     model = jax.eval_shape(functools.partial(quantized.quantize, weights=kind), llama.abstract(c))
     assert formulas.sample_bytes(c, kind) == size(model)
-    assert 3 * 5 * formulas.kv_token_bytes(c, kind) == 2 * size(jax.eval_shape(lambda: cache.empty(c, 3, 5, kind)))
+    kept = jax.eval_shape(lambda: cache.empty(c, (c.L,), 3, 5, kind))
+    assert 3 * 5 * formulas.kv_token_bytes(c, kind) == 2 * size(kept)
 
 
 def test_decoding_reads_what_is_rounded_in_fewer_bytes():

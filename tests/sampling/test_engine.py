@@ -12,7 +12,7 @@ import pytest
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, sample_mesh
 from srlm_jax.sampling import decode, engine, prefill
-from srlm_jax.sampling.engine import Draw, EngineConfig, Sample, Work, bucket, sample
+from srlm_jax.sampling.engine import Draw, EngineConfig, Sample, Work, bucket, decoding_model, sample
 
 GREEDY = Draw(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=12, stops=((0,),))
 RANDOM = Draw(samples=3, temperature=0.9, top_p=0.9, max_new_tokens=12, stops=((0,), (7, 8)))
@@ -51,12 +51,11 @@ def unlike_prompts():
 @pytest.fixture(scope="module")
 def run(tiny_llama, one_device):
     mesh = one_device("data", "tensor")
+    model = decoding_model(tiny_llama, mesh)
 
     def run(groups, draw, config, *, key=0, report=lambda finished, sampled: None, work=None):
         work = Work() if work is None else work
-        return sample(
-            tiny_llama, groups, draw, key=jax.random.key(key), config=config, mesh=mesh, report=report, work=work
-        )
+        return sample(model, groups, draw, key=jax.random.key(key), config=config, mesh=mesh, report=report, work=work)
 
     return run
 
@@ -332,7 +331,7 @@ def test_buckets_are_few_and_waste_little():
 @pytest.fixture(scope="module")
 def divisible(make_llama, one_device):
     """A Llama whose heads eight devices divide, a tree, and its greedy and random samples on one device."""
-    model, groups = make_llama(N=8, K=8, L=1), tree(5, prompts=(1, 3))
+    model, groups = make_llama(N=8, K=8), tree(5, prompts=(1, 3))
 
     def run(model, mesh):
         draws = (GREEDY, RANDOM)
@@ -344,12 +343,16 @@ def divisible(make_llama, one_device):
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
 def test_rows_and_heads_split_over_8_devices_change_no_sample(divisible, tensor):
+    """And neither do layers that are no stack."""
     model, run, wanted = divisible
     mesh = sample_mesh(MeshShape(data=1, fsdp=-1, tensor=tensor))
     assert dict(mesh.shape) == {"data": 8 // tensor, "tensor": tensor}
     model = jax.device_put(model, rules.model_shardings(mesh, rules.SAMPLE, model))
     assert len(model.blocks.q[...].sharding.device_set) == 8
-    assert run(model, mesh) == wanted
+    apart = decoding_model(model, mesh)
+    assert len(apart.stacks) == 2
+    assert apart.blocks[1].q[...].sharding.is_equivalent_to(model.blocks.q[...].sharding, 4)
+    assert run(apart, mesh) == wanted
 
 
 # What it refuses.

@@ -34,7 +34,7 @@ KINDS = {"weights": ("int8", None), "cache": (None, "int8"), "weights and cache"
 def predictions(model, tokens_BT, *, cache):
     """Log-probabilities of what comes next [T, B, V], a token at a time as in decoding: each reads what is kept."""
     B, T = tokens_BT.shape
-    stack = empty(model.config, B, T, cache)
+    stack = empty(model.config, model.layers, B, T, cache)
 
     def step(leaf, t):
         before = Cache(
