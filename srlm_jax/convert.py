@@ -38,7 +38,7 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
     """
     source, target = epath.Path(source), epath.Path(target)
     with new_folder(target) as folder:
-        config = weights.read_config(source, param_dtype="float32", compute_dtype="float32", remat=False)
+        config = weights.read_config(source, param_dtype="float32", compute_dtype="float32", remat="dots")
         tokenizer = _tokenizer(source, config.V)
         dtype = dtype or weights.source_dtype(source, config)
         config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)

@@ -13,7 +13,7 @@ from srlm_jax.convert import convert
 from srlm_jax.model import config_files, weights
 from srlm_jax.text.tokenizer import load_tokenizer
 
-CHOICES = {"param_dtype": "float32", "compute_dtype": "float32", "remat": False}
+CHOICES = {"param_dtype": "float32", "compute_dtype": "float32", "remat": "dots"}
 
 
 @pytest.fixture

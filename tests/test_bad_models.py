@@ -21,7 +21,7 @@ from srlm_jax.sampling.engine import EngineConfig
 from srlm_jax.storage import checkpoint
 
 ROOT = Path(__file__).parents[1]
-CHOICES = {"param_dtype": "float32", "compute_dtype": "float32", "remat": False}
+CHOICES = {"param_dtype": "float32", "compute_dtype": "float32", "remat": "dots"}
 GREEDY = SamplingParams(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=4, stop=())
 
 

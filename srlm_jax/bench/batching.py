@@ -9,12 +9,12 @@ from srlm_jax.bench.setting import train_mesh
 from srlm_jax.bench.workload import Pair
 from srlm_jax.data import batches
 from srlm_jax.data.batches import PairBatch, PairRow, Row, TokenBatch
-from srlm_jax.data.packing import Shape, pack
+from srlm_jax.data.packing import Lot, Packing
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.train.objectives import response_logprobs
 
-_MULTIPLE = 64  # of a row's positions
+_MULTIPLE = 32  # of a row's positions
 _LOGPROB_CHUNK = 256  # positions of a row whose logits are held at once
 
 _compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
@@ -30,38 +30,42 @@ def logprob_chunk() -> int:
 
 
 def token_batches(documents: Sequence[Row], size: int) -> list[TokenBatch]:
-    """Batches of `size` documents each, in their order, packed into as few positions as were found."""
-    return _packed([documents[i : i + size] for i in range(0, len(documents), size)])
+    """Batches of `size` documents each, dealt and packed as the pipeline does it."""
+    return [batch for _, batch in _dealt([[row] for row in documents], size)]
 
 
 def pair_batches(pairs: Sequence[PairRow], size: int) -> list[PairBatch]:
-    """Batches of `size` pairs, in their order, packed as documents are."""
-    parts = [pairs[i : i + size] for i in range(0, len(pairs) // size * size, size)]
-    rows = _packed([[pair.chosen for pair in part] + [pair.rejected for pair in part] for part in parts])
-    reference = lambda part, name: np.asarray([getattr(pair, name) for pair in part], np.float32)
-    return [
-        PairBatch(batch, reference(part, "ref_chosen"), reference(part, "ref_rejected"))
-        for batch, part in zip(rows, parts, strict=True)
-    ]
-
-
-def _packed(parts: Sequence[Sequence[Row]]) -> list[TokenBatch]:
-    """Each part's documents as a batch, all of one shape: the smallest of a few."""
-    lengths = [[row.length for row in part] for part in parts]
-    longest = batches.padded_length([length for part in lengths for length in part], _MULTIPLE)
+    """Batches of `size` pairs, dealt and packed as the pipeline does it."""
     found = []
-    for length in (longest, 2 * longest):
-        groups = [pack(part, length) for part in lengths]
-        found.append((Shape(max(map(len, groups)), length), groups))
-    shape, groups = min(found, key=lambda one: one[0].rows * one[0].length)
-    return [batches.packed_batch(part, group, shape) for part, group in zip(parts, groups, strict=True)]
+    for lot, batch in _dealt([[pair.chosen, pair.rejected] for pair in pairs], size):
+        reference = lambda name, lot=lot: np.asarray([getattr(pairs[i], name) for i in lot.examples], np.float32)
+        found.append(PairBatch(batch, reference("ref_chosen"), reference("ref_rejected")))
+    return found
+
+
+def _dealt(examples: Sequence[Sequence[Row]], size: int) -> list[tuple[Lot, TokenBatch]]:
+    """All examples in batches of `size`, of one shape, with what each holds."""
+    lengths = np.asarray([[row.length for row in example] for example in examples])
+    packing = Packing(
+        lengths=lengths, batch_size=size, accumulate=1, most=2 * int(lengths.max()), length_multiple=_MULTIPLE,
+        rows_multiple=1, seed=0,
+    )  # fmt: skip
+    shape = packing.smallest_shape(packing.batches)
+    found = []
+    for (lot,) in packing.epoch(0, shape):
+        rows = [examples[i][document] for document in range(lengths.shape[1]) for i in lot.examples]
+        found.append((lot, batches.packed_batch(rows, lot.rows, shape)))
+    return found
 
 
 def logprobs(model: Llama, rows: Sequence[Row], size: int) -> np.ndarray:
     """What the model gives each row's answer, `size` rows at a time: the reference pass."""
-    mesh, parts = train_mesh(), [rows[i : i + size] for i in range(0, len(rows), size)]
+    mesh, dealt = train_mesh(), _dealt([[row] for row in rows], size)
     place, found = rules.sharding(mesh, rules.TRAIN, ("batch",)), []
     with jax.set_mesh(mesh):
-        for batch in _packed(parts):
+        for _, batch in dealt:
             found.append(_compiled_logprobs(model, hosts.spread(batch, place), size, _LOGPROB_CHUNK, None))
-    return np.concatenate([x[: len(part)] for x, part in zip(hosts.fetch(found), parts, strict=True)])
+    result = np.empty(len(rows), np.float32)
+    for (lot, _), of_lot in zip(dealt, hosts.fetch(found), strict=True):
+        result[lot.examples] = of_lot
+    return result

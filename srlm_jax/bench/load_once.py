@@ -26,7 +26,7 @@ def _ours(folder: str, dtype: str) -> Callable[[], Loaded]:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def load() -> Loaded:
-        config = weights.read_config(folder, param_dtype=dtype, compute_dtype=dtype, remat=False)
+        config = weights.read_config(folder, param_dtype=dtype, compute_dtype=dtype, remat="dots")
         model = weights.load(folder, config, jax.tree.map(lambda _: place, llama.abstract(config)))
         named = ((name, as_bytes(tensor.whole())) for name, tensor in weights.hf_tensors(model).items())
         return [as_bytes(np.asarray(leaf)) for leaf in jax.tree.leaves(jax.block_until_ready(model))], named

@@ -24,6 +24,9 @@ class RopeScaling:
             raise ValueError(f"rope_scaling needs 0 < low_freq_factor < high_freq_factor: {self}")
 
 
+REMAT = ("full", "dots")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """A Llama-architecture decoder. The letters are the ones that name array axes everywhere in this package."""
@@ -41,7 +44,9 @@ class LlamaConfig:
     tied: bool  # the embedding is also the output head
     param_dtype: str  # what the weights are kept in
     compute_dtype: str  # what the matrix products run in
-    remat: bool  # recompute each block's activations in the backward pass
+    # What training computes again of a block on the way back: all of it from its input ("full"), or what lies between
+    # the results of its products ("dots"), which are then kept: most of a forward pass less, and more memory.
+    remat: str
 
     def __post_init__(self):
         for field in ("V", "D", "L", "N", "K", "H", "F"):
@@ -50,6 +55,8 @@ class LlamaConfig:
                 raise ValueError(f"model.{field} must be at least 1 and less than 2^31, not {size!r:.60}")
         if self.N % self.K:
             raise ValueError(f"model.N ({self.N} query heads) must be a multiple of model.K ({self.K} key-value heads)")
+        if self.remat not in REMAT:
+            raise ValueError(f"model.remat can be {' or '.join(map(repr, REMAT))}, not {self.remat!r:.60}")
         if self.H % 2:
             raise ValueError(f"model.H must be even, not {self.H}: rotary position embedding turns pairs")
 
@@ -67,7 +74,7 @@ def _published(
 ) -> LlamaConfig:  # fmt: skip
     return LlamaConfig(
         V=V, D=D, L=L, N=N, K=K, H=H, F=F, rope_theta=rope_theta, rope_scaling=rope_scaling, norm_eps=1e-5,
-        tied=tied, param_dtype="float32", compute_dtype="bfloat16", remat=True,
+        tied=tied, param_dtype="float32", compute_dtype="bfloat16", remat="full",
     )  # fmt: skip
 
 
@@ -142,7 +149,7 @@ def tiny() -> LlamaConfig:
         V=320, D=128, L=4, N=8, K=4, H=16, F=384,
         rope_theta=500.0,  # angles that turn within the few hundred tokens it ever sees
         rope_scaling=None, norm_eps=1e-5, tied=False, param_dtype="float32", compute_dtype="float32",
-        remat=True,  # on a CPU writing the activations costs more time than computing them twice
+        remat="dots",
     )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ _HF_HARMLESS = frozenset(_HF_CARRIED) | {
 
 
 def from_hf(
-    document: Mapping[str, object], where: str, *, param_dtype: str, compute_dtype: str, remat: bool
+    document: Mapping[str, object], where: str, *, param_dtype: str, compute_dtype: str, remat: str
 ) -> LlamaConfig:
     """The model that a config.json of transformers 4 or 5 describes.
 
@@ -308,7 +308,7 @@ def from_meta(
     tied: bool,
     param_dtype: str,
     compute_dtype: str,
-    remat: bool,
+    remat: str,
 ) -> LlamaConfig:
     """The model that a params.json describes; its weights tell `vocabulary`, often -1 in the file, and `tied`.
 
@@ -348,7 +348,7 @@ def from_meta(
 
 
 def from_manifest(
-    document: Mapping[str, object], where: str, *, param_dtype: str, compute_dtype: str, remat: bool
+    document: Mapping[str, object], where: str, *, param_dtype: str, compute_dtype: str, remat: str
 ) -> LlamaConfig:
     """The model that the manifest of a checkpoint describes.
 
@@ -359,6 +359,6 @@ def from_manifest(
     if not isinstance(document.get("config"), dict):
         raise BadModelFile(f"{where} lacks the field 'config': it is no checkpoint of a model of this package")
     # A checkpoint written before there was a scaling has no field for it.
-    fields = {"rope_scaling": None} | document["config"]
-    config = jsonl.decode(f"{where}: config", fields, LlamaConfig, "copy the checkpoint again")
-    return dataclasses.replace(config, param_dtype=param_dtype, compute_dtype=compute_dtype, remat=remat)
+    chosen = {"param_dtype": param_dtype, "compute_dtype": compute_dtype, "remat": remat}
+    fields = {"rope_scaling": None} | document["config"] | chosen
+    return jsonl.decode(f"{where}: config", fields, LlamaConfig, "copy the checkpoint again")

@@ -148,7 +148,8 @@ class Llama(nnx.Module):
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]
         x_BTD = stored(x_BTD)
-        body = jax.checkpoint(block, static_argnums=0) if c.remat and cache is None else block
+        kept = jax.checkpoint_policies.save_only_these_names(ops.PRODUCT) if c.remat == "dots" else None
+        body = block if cache is not None else jax.checkpoint(block, static_argnums=0, policy=kept)
         leaves = []
         for stack, (blocks, layers) in enumerate(zip(self.stacks, self.layers, strict=True)):
             leaf = None if cache is None else (cache.k_LBKSH[stack], cache.v_LBKSH[stack])

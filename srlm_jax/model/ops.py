@@ -9,11 +9,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from srlm_jax.model.config import RopeScaling
 from srlm_jax.model.int8 import Slots
 from srlm_jax.parallel import rules
+
+PRODUCT = "product"  # by which training knows the results of `linear`, to keep or to compute again
 
 # Stands for minus infinity where a row may have nothing to attend to: exp() of it is 0, and differences stay finite.
 MASKED = -1e30
@@ -176,7 +180,28 @@ def linear(x_BTD: Float[Array, "B T D"], w_DF: Float[Array, "D F"] | Adapted | Q
         dtype = jnp.float32 if x_BTD.dtype == jnp.float16 or rules.platform() == "cpu" else x_BTD.dtype
         out = jnp.matmul(x_RD, w_DF.values, preferred_element_type=dtype)
         return (out * w_DF.scale.astype(dtype)[None]).astype(x_BTD.dtype).reshape(B, T, -1)
-    # XLA's CPU backend has fast products of 16-bit numbers, and takes them where sums are asked for as they are made.
-    # Elsewhere they are rounded first, since devices that share a product add up what comes of it.
-    dtype = jnp.float32 if rules.platform() == "cpu" else x_BTD.dtype
-    return jnp.matmul(x_RD, w_DF, preferred_element_type=dtype).astype(x_BTD.dtype).reshape(B, T, -1)
+    product = _rounded_product if rules.platform() == "cpu" and x_BTD.dtype == jnp.bfloat16 else jnp.matmul
+    return checkpoint_name(product(x_RD, w_DF), PRODUCT).reshape(B, T, -1)
+
+
+@jax.custom_vjp
+def _rounded_product(x_RD: Float[Array, "R D"], w_DF: Float[Array, "D F"]) -> Float[Array, "R F"]:
+    """x w by products that XLA's CPU backend has for 16-bit numbers, and takes where sums are asked for as they are
+    made, on the way there and back. On other devices this would have several that share a product exchange more."""
+    return _summed(x_RD, w_DF, over=0)
+
+
+def _summed(a: Array, b: Array, over: int) -> Array:
+    """Over the last axis of `a` and one of `b`."""
+    found = jax.lax.dot_general(a, b, (((1,), (over,)), ((), ())), preferred_element_type=jnp.float32)
+    return found.astype(a.dtype)
+
+
+def _rounded_gradients(kept: tuple[Array, Array], g_RF: Array) -> tuple[Array, Array]:
+    x_RD, w_DF = kept
+    # Laid out anew: of operands that are read across their rows there is no fast product.
+    x_DR = with_layout_constraint(x_RD.T, Layout(major_to_minor=(0, 1)))
+    return _summed(g_RF, w_DF, over=1), _summed(x_DR, g_RF, over=0)
+
+
+_rounded_product.defvjp(lambda x_RD, w_DF: (_rounded_product(x_RD, w_DF), (x_RD, w_DF)), _rounded_gradients)

@@ -85,7 +85,7 @@ _READERS = 8  # threads: they wait for the disk, or turn matrices
 _STRIP = 128  # rows of a matrix turned at a time: a line of the cache is full before it has to go
 
 
-def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str, remat: bool) -> LlamaConfig:
+def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str, remat: str) -> LlamaConfig:
     """The model in a folder of Hugging Face's, Meta's or this package's layout; the three arguments are ours to choose.
 
     Raises:

@@ -53,7 +53,7 @@ def check_writer(run: Run) -> None:
             raise BadConfig(
                 f"{writer!r} is neither 'current', nor a model that every round finds (m0, sft, m1), nor a folder"
             )
-        sizes = weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat=False)
+        sizes = weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat="dots")
         rules.model_shardings(run.sample_mesh, rules.SAMPLE, llama.abstract(sizes))
         load_tokenizer(writer)
 

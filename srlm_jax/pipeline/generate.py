@@ -116,7 +116,7 @@ def open_model(
       FileNotFoundError: the folder, or a tokenizer in it, is missing.
     """
     folder = epath.Path(folder)
-    sizes = weights.read_config(folder, param_dtype="float32", compute_dtype="float32", remat=False)
+    sizes = weights.read_config(folder, param_dtype="float32", compute_dtype="float32", remat="dots")
     dtype = weights.source_dtype(folder, sizes)
     sizes = dataclasses.replace(sizes, param_dtype=dtype, compute_dtype=dtype)
     tokenizer = load_tokenizer(folder)

@@ -86,15 +86,17 @@ def forward_flops(c: LlamaConfig, rows: int, length: int) -> float:
 
 
 def train_flops(c: LlamaConfig, rows: int, length: int, rank: int | None) -> float:
-    """Gradients of a batch: twice the forward pass besides itself, and what is computed again on the way back: each
-    block but its last product where the model says so, and the logits always. With adapters of some `rank`, their
-    products too, and none for the gradients of the weights."""
+    """Gradients of a batch: twice the forward pass besides itself, and what is computed again on the way back: the
+    logits, and of each block its attention or, as the model says, all but its last product. With adapters of some
+    `rank`, their products too, and none for the gradients of the weights."""
     tokens = rows * length
     adapters = 0.0 if rank is None else 2.0 * tokens * sum(_adapter_sizes(c, rank))
     forward = forward_flops(c, rows, length) + adapters
     again = head_flops(c, tokens)
-    if c.remat:
+    if c.remat == "full":
         again += adapters + block_flops(c, tokens, length) - 2.0 * c.L * tokens * c.F * c.D
+    else:
+        again += block_flops(c, tokens, length) - block_flops(c, tokens, 0)
     frozen = 0.0 if rank is None else block_flops(c, tokens, 0) + head_flops(c, tokens)
     return 3 * forward + again - frozen
 
@@ -119,6 +121,8 @@ def _activations(c: LlamaConfig, split: Split, rows: int, length: int, *, kept: 
     # Between blocks the chips that split a product share its tokens; within, all of them hold the width of each. How
     # many arrays a block's way back has at once is set to the TPU compiler's count: see the figures in docs/plan.md.
     stored = own * wide * c.L * c.D / split.tensor
+    if c.remat == "dots":
+        stored += own * wide * c.L * ((c.N + 2 * c.K) * c.H + 2 * c.F + 2 * c.D) / split.tensor
     return stored + own * wide * (24 * c.D + 12 * mlp)
 
 
@@ -142,7 +146,7 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
     own, wide = split.own_rows(rows), _BYTES[c.compute_dtype]
     fsdp = split.weights // split.tensor
     weights = c.parameters * wide / split.tensor
-    passes = 3 if c.remat else 2  # forward, again, and back
+    passes = 3 if c.remat == "full" else 2  # forward, again, and back
     kept = param_bytes(c) / split.weights
     if rank is None:
         trained, frozen, reduced_grads = kept, 0.0, weights

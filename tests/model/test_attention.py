@@ -293,7 +293,7 @@ def hidden_and_gradients(model, tokens_BT, segments_BT):
 
 @pytest.mark.parametrize("segments", [None, packed(2, 150).segments_BT], ids=["causal", "packed"])
 def test_the_model_says_the_same_through_the_kernel(make_llama, monkeypatch, interpreted, segments):
-    model, row = make_llama(remat=True), tokens(2, 150)
+    model, row = make_llama(remat="full"), tokens(2, 150)
     wanted = hidden_and_gradients(model, row, segments)
     monkeypatch.setattr(rules, "platform", lambda: "tpu")
     for one, other in zip(*map(jax.tree.leaves, (hidden_and_gradients(model, row, segments), wanted)), strict=True):

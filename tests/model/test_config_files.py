@@ -22,7 +22,7 @@ from srlm_jax.model.config_files import (
 )
 from srlm_jax.storage.checkpoint import config_facts
 
-CHOICES = {"param_dtype": "float32", "compute_dtype": "bfloat16", "remat": True}
+CHOICES = {"param_dtype": "float32", "compute_dtype": "bfloat16", "remat": "full"}
 HF = {
     "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 24, "rms_norm_eps": 1e-5, "hidden_act": "silu",
@@ -195,7 +195,7 @@ def test_transformers_reads_what_is_written_and_the_other_way_round(tmp_path, ti
     theirs.save_pretrained(tmp_path)
     saved = read_json(epath.Path(tmp_path / "config.json"))
     assert "rope_parameters" in saved
-    assert from_hf(saved, "", param_dtype="float32", compute_dtype="float32", remat=False) == config
+    assert from_hf(saved, "", param_dtype="float32", compute_dtype="float32", remat="dots") == config
 
 
 # --- Meta -------------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_params_json_of_another_model_are_refused(changes, message):
 
 def test_a_manifest_is_read_also_from_before_there_were_scalings(tiny_config):
     facts = config_facts(dataclasses.replace(tiny_config, rope_scaling=SCALING))
-    choices = {"param_dtype": "bfloat16", "compute_dtype": "float32", "remat": True}
+    choices = {"param_dtype": "bfloat16", "compute_dtype": "float32", "remat": "full"}
     wanted = dataclasses.replace(tiny_config, rope_scaling=SCALING, **choices)
     assert from_manifest({"config": facts}, "", **choices) == wanted
     del facts["rope_scaling"]

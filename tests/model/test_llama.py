@@ -194,7 +194,7 @@ def test_recomputing_activations_changes_neither_values_nor_gradients(make_llama
         total = lambda model: jnp.square(forward(model, tokens(2, 6), dropout=dropout)).sum()
         return jax.jit(jax.value_and_grad(total))(make_llama(remat=remat))
 
-    for one, other in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
+    for one, other in zip(jax.tree.leaves(run("full")), jax.tree.leaves(run("dots")), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -260,7 +260,7 @@ DPO = (objectives.DpoObjective, {"beta": 0.1}, lambda: PairBatch(rows(B), jnp.ze
 
 @pytest.mark.parametrize(("kind", "options", "batch"), [SFT, DPO], ids=["sft", "dpo"])
 def test_no_gradient_ever_holds_all_logits(make_llama, kind, options, batch):
-    model = make_llama(V=V, remat=True)
+    model = make_llama(V=V, remat="full")
     chunked = kind(dropout=0.1, logprob_chunk=CHUNK, **options)
     whole = kind(dropout=0.1, logprob_chunk=T, **options)
     assert largest_array(chunked, model, batch()) < B * T * V

@@ -157,3 +157,23 @@ def test_dropout_depends_on_its_key_alone():
     np.testing.assert_array_equal(dropout(x), dropout(x))
     assert (dropout.fold(0)(x) != dropout.fold(1)(x)).any()
     assert dropout.fold(1).rate == 0.5
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["an operation at a time", "compiled"])
+def test_products_of_16_bits_and_their_gradients_are_those_of_32_rounded(jit):
+    """x w and both gradients, 300 rows: sums are made in 32 bits, so only the result is rounded."""
+    x, w, g = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate([(3, 100, 48), (48, 40), (3, 100, 40)])
+    )
+
+    def both(x, w, g):
+        out, back = jax.vjp(ops.linear, x, w)
+        return out, *back(g)
+
+    found = (jax.jit(both) if jit else both)(x, w, g)
+    with jax.default_matmul_precision("highest"):
+        wanted = both(*(a.astype(jnp.float32) for a in (x, w, g)))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=2**-8, atol=2**-8 * 20)

@@ -20,7 +20,7 @@ from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, train_mesh
 from srlm_jax.storage import checkpoint
 
-CHOICES = {"param_dtype": "float32", "compute_dtype": "float32", "remat": False}
+CHOICES = {"param_dtype": "float32", "compute_dtype": "float32", "remat": "dots"}
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 

@@ -11,7 +11,7 @@ from srlm_jax.sampling.engine import Draw, EngineConfig, Group, Work, sample
 
 CONFIG = LlamaConfig(
     V=40, D=16, L=2, N=4, K=2, H=8, F=24, rope_theta=100.0, rope_scaling=None, norm_eps=1e-5,
-    tied=False, param_dtype="float32", compute_dtype="float32", remat=False,
+    tied=False, param_dtype="float32", compute_dtype="float32", remat="dots",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from srlm_jax.train import losses
 # One layer, so that the loop over layers is none, and wide enough that the products outweigh everything else.
 WIDE = LlamaConfig(
     V=512, D=256, L=1, N=8, K=4, H=32, F=512, rope_theta=100.0, rope_scaling=None, norm_eps=1e-5,
-    tied=False, param_dtype="float32", compute_dtype="float32", remat=False,
+    tied=False, param_dtype="float32", compute_dtype="float32", remat="dots",
 )  # fmt: skip
 ROWS, LENGTH = 2, 128
 
@@ -49,13 +49,15 @@ def test_every_part_of_a_forward_pass():
         assert added == pytest.approx(wanted, rel=0.07), field
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_gradients(remat):
     c = dataclasses.replace(WIDE, remat=remat)
-    assert counted(jax.grad(total), c) == pytest.approx(formulas.train_flops(c, ROWS, LENGTH, None), rel=0.05)
+    # All positions are one chunk here, so that the compiler sees that their logits are there already.
+    wanted = formulas.train_flops(c, ROWS, LENGTH, None) - formulas.head_flops(c, ROWS * LENGTH)
+    assert counted(jax.grad(total), c) == pytest.approx(wanted, rel=0.02)
 
 
-@pytest.mark.parametrize(("remat", "rank"), [(False, 8), (True, 64)])
+@pytest.mark.parametrize(("remat", "rank"), [("dots", 8), ("full", 64)])
 def test_gradients_of_adapters(remat, rank):
     """What they save, none of the products that give the gradients of weights, less their own products."""
     c = dataclasses.replace(WIDE, remat=remat)
@@ -74,7 +76,7 @@ def test_gradients_of_adapters(remat, rank):
     lowered = jax.jit(jax.grad(loss)).lower((adapters, model.embedding), model, tokens)
     whole = counted(jax.grad(total), c)
     saved = formulas.train_flops(c, ROWS, LENGTH, None) - formulas.train_flops(c, ROWS, LENGTH, rank)
-    assert whole - lowered.compile().cost_analysis()["flops"] == pytest.approx(saved, abs=0.005 * whole)
+    assert whole - lowered.compile().cost_analysis()["flops"] == pytest.approx(saved, abs=0.007 * whole)
 
 
 def test_adapters_take_their_own_moments_and_no_one_elses():

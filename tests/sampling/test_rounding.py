@@ -62,7 +62,7 @@ def apart(model, tokens_BT, kind):
 def stories(stories260k, one_device):
     """A trained model, and the two stories of 257 tokens that are published with it."""
     folder = stories260k / "hf"
-    config = weights.read_config(folder, param_dtype="float32", compute_dtype="float32", remat=False)
+    config = weights.read_config(folder, param_dtype="float32", compute_dtype="float32", remat="dots")
     places = rules.model_shardings(one_device("data", "tensor"), rules.SAMPLE, llama.abstract(config))
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     texts = re.findall(r"Once upon a time.*?(?=\n```)", (stories260k / "stories260K.md").read_text(), re.DOTALL)
