@@ -241,9 +241,9 @@ def test_an_interpreter_that_is_not_there_is_named():
     ("command", "peer", "names"),
     [
         ("decode", "transformers", ["transformers, generate", "transformers, generate_batch"]),
-        ("sft", "transformers", ["transformers, forward, backward, AdamW"]),
+        pytest.param("sft", "transformers", ["transformers, forward, backward, AdamW"], marks=pytest.mark.long),
         ("dpo", "trl", ["trl, DPOTrainer", "trl, DPOTrainer, reference first"]),
-        ("iteration", "trl", ["transformers generate, DPOTrainer"]),
+        pytest.param("iteration", "trl", ["transformers generate, DPOTrainer"], marks=pytest.mark.long),
     ],
 )
 def test_a_peer_does_the_same_work(setting, command, peer, names):

@@ -131,7 +131,7 @@ def test_the_model_its_tokenizer_and_the_paper_s_rubric_come_with_the_folder(con
     run = open_run(config())
     model = run.settings.model
     assert (model.V, model.D, model.L, model.N, model.K, model.tied) == (512, 64, 5, 8, 4, True)
-    assert (model.param_dtype, model.compute_dtype, model.remat) == ("float32", "float32", "dots")
+    assert (model.param_dtype, model.compute_dtype, model.remat) == ("float32", "float32", "full")
     assert run.tokenizer.vocabulary == 512
     assert (run.chat, run.rubric) == (LLAMA2, paper_rubric())
     # The ledger knows the model by its own numbers, and not by those of the scale.
@@ -143,7 +143,7 @@ def test_m0_is_the_folder_s_model_with_all_that_other_commands_need(config, stor
     run = open_run(config(model__path=str(stories260k / "meta")))
     training.make_base(run)
     m0 = tmp_path / "run" / "m0" / "checkpoint"
-    sizes = {"param_dtype": "float32", "compute_dtype": "float32", "remat": "dots"}
+    sizes = {"param_dtype": "float32", "compute_dtype": "float32", "remat": "full"}
     source = weights.read_config(stories260k / "hf", **sizes)
     assert weights.read_config(m0, **sizes) == source
     places = rules.model_shardings(run.train_mesh, rules.TRAIN, llama.abstract(source))
