@@ -41,7 +41,10 @@ def score_arrays(text):
 
 
 KERNELS = {
-    "DPO step": {"splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals"},
+    "DPO step": {
+        f"splash_mha_{one}"
+        for one in ("fwd_segmented_residuals", "dq_segmented_no_residuals", "dkv_segmented_no_residuals")
+    },
     "prefill, judgements": {"splash_mha_fwd_residuals", "splash_mha_fwd_segmented_residuals"},
 }
 
