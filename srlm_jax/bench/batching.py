@@ -9,7 +9,7 @@ from srlm_jax.bench.setting import train_mesh
 from srlm_jax.bench.workload import Pair
 from srlm_jax.data import batches
 from srlm_jax.data.batches import PairBatch, PairRow, Row, TokenBatch
-from srlm_jax.data.packing import Lot, Packing
+from srlm_jax.data.packing import Packing, Shape
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.train.objectives import response_logprobs
@@ -31,41 +31,36 @@ def logprob_chunk() -> int:
 
 def token_batches(documents: Sequence[Row], size: int) -> list[TokenBatch]:
     """Batches of `size` documents each, dealt and packed as the pipeline does it."""
-    return [batch for _, batch in _dealt([[row] for row in documents], size)]
+    packing, shape = _packing([[row.length] for row in documents], size)
+    return list(batches.packed_batches(documents, shape, packing, packing.batches))
 
 
 def pair_batches(pairs: Sequence[PairRow], size: int) -> list[PairBatch]:
     """Batches of `size` pairs, dealt and packed as the pipeline does it."""
-    found = []
-    for lot, batch in _dealt([[pair.chosen, pair.rejected] for pair in pairs], size):
-        reference = lambda name, lot=lot: np.asarray([getattr(pairs[i], name) for i in lot.examples], np.float32)
-        found.append(PairBatch(batch, reference("ref_chosen"), reference("ref_rejected")))
-    return found
+    packing, shape = _packing([[pair.chosen.length, pair.rejected.length] for pair in pairs], size)
+    return list(batches.packed_pairs(pairs, shape, packing, packing.batches))
 
 
-def _dealt(examples: Sequence[Sequence[Row]], size: int) -> list[tuple[Lot, TokenBatch]]:
-    """All examples in batches of `size`, of one shape, with what each holds."""
-    lengths = np.asarray([[row.length for row in example] for example in examples])
+def _packing(lengths: Sequence[Sequence[int]], size: int) -> tuple[Packing, Shape]:
+    """How examples of these documents' lengths make batches of `size`, and the one shape of all of these."""
+    known = np.asarray(lengths)
     packing = Packing(
-        lengths=lengths, batch_size=size, accumulate=1, most=2 * int(lengths.max()), length_multiple=_MULTIPLE,
+        lengths=known, batch_size=size, accumulate=1, most=2 * int(known.max()), length_multiple=_MULTIPLE,
         rows_multiple=1, seed=0,
     )  # fmt: skip
-    shape = packing.smallest_shape(packing.batches)
-    found = []
-    for (lot,) in packing.epoch(0, shape):
-        rows = [examples[i][document] for document in range(lengths.shape[1]) for i in lot.examples]
-        found.append((lot, batches.packed_batch(rows, lot.rows, shape)))
-    return found
+    return packing, packing.smallest_shape(packing.batches)
 
 
 def logprobs(model: Llama, rows: Sequence[Row], size: int) -> np.ndarray:
     """What the model gives each row's answer, `size` rows at a time: the reference pass."""
-    mesh, dealt = train_mesh(), _dealt([[row] for row in rows], size)
-    place, found = rules.sharding(mesh, rules.TRAIN, ("batch",)), []
+    packing, shape = _packing([[row.length] for row in rows], size)
+    made = batches.packed_batches(rows, shape, packing, packing.batches)
+    mesh, found = train_mesh(), []
+    place = rules.sharding(mesh, rules.TRAIN, ("batch",))
     with jax.set_mesh(mesh):
-        for _, batch in dealt:
+        for batch in made:
             found.append(_compiled_logprobs(model, hosts.spread(batch, place), size, _LOGPROB_CHUNK, None))
     result = np.empty(len(rows), np.float32)
-    for (lot, _), of_lot in zip(dealt, hosts.fetch(found), strict=True):
+    for (lot,), of_lot in zip(packing.epoch(0, shape), hosts.fetch(found), strict=True):
         result[lot.examples] = of_lot
     return result
