@@ -57,7 +57,7 @@ def test_gradients(remat):
     assert counted(jax.grad(total), c) == pytest.approx(wanted, rel=0.02)
 
 
-@pytest.mark.parametrize(("remat", "rank"), [("dots", 8), ("full", 64)])
+@pytest.mark.parametrize(("remat", "rank"), [("dots", 16), ("full", 64)])
 def test_gradients_of_adapters(remat, rank):
     """What they save, none of the products that give the gradients of weights, less their own products."""
     c = dataclasses.replace(WIDE, remat=remat)
@@ -76,7 +76,7 @@ def test_gradients_of_adapters(remat, rank):
     lowered = jax.jit(jax.grad(loss)).lower((adapters, model.embedding), model, tokens)
     whole = counted(jax.grad(total), c)
     saved = formulas.train_flops(c, ROWS, LENGTH, None) - formulas.train_flops(c, ROWS, LENGTH, rank)
-    assert whole - lowered.compile().cost_analysis()["flops"] == pytest.approx(saved, abs=0.007 * whole)
+    assert whole - lowered.compile().cost_analysis()["flops"] == pytest.approx(saved, abs=0.005 * whole)
 
 
 def test_adapters_take_their_own_moments_and_no_one_elses():
