@@ -15,7 +15,7 @@ from srlm_jax.parallel import hosts, rules
 from srlm_jax.train.objectives import response_logprobs
 
 _MULTIPLE = 32  # of a row's positions
-_LOGPROB_CHUNK = 256  # positions of a row whose logits are held at once
+_LOGPROB_CHUNK = 64  # positions of a row whose logits are held at once
 
 _compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
 

@@ -1,6 +1,6 @@
 """The losses, as pure functions of arrays. Importing this file loads nothing but jax and numpy.
 
-Axes: B rows, T tokens, D width, V vocabulary, P preference pairs, N documents.
+Axes: B rows, T tokens, D width, V vocabulary, C positions of a chunk, S chunks, P preference pairs, N documents.
 """
 
 import functools
@@ -9,75 +9,95 @@ import jax
 import jax.numpy as jnp
 
 
-def token_logprobs(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
-    """Log-probability of each target token, without ever holding the logits of all of them.
+def token_logprobs(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int
+) -> jax.Array:
+    """Log-probability of each target token that is wanted, without ever holding the logits of all of them.
 
     Logits are made for `chunk` positions of each row at a time, in float32, and made again in the backward pass, so
-    the memory is B * chunk * V instead of B * T * V.
+    the memory is B * chunk * V instead of B * T * V. Positions that no row wants cost nothing: of each row those that
+    are wanted come first, and there are as many turns as the row with most of them needs.
 
     Args:
       hidden_BTD: final hidden states; `hidden_BTD[:, t]` is what predicts `targets_BT[:, t]`.
       head_DV: output projection.
       targets_BT: token ids. The shift by one is the caller's.
+      mask_BT: 0 where no log-probability is wanted.
       chunk: positions at a time.
 
     Returns:
-      float32 [B, T], in nats.
+      float32 [B, T], in nats; 0 where the mask is 0.
     """
-    if chunk >= hidden_BTD.shape[1]:
-        return jax.checkpoint(lambda *arrays: _chunk_logprobs(*arrays)[0])(hidden_BTD, head_DV, targets_BT)
-    return _chunked(hidden_BTD, head_DV, targets_BT, chunk)
+    return _chunked(hidden_BTD, head_DV, targets_BT, mask_BT, min(chunk, hidden_BTD.shape[1]))
 
 
 def _logits(hidden_BCD: jax.Array, head_DV: jax.Array) -> jax.Array:
     return jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
 
 
-def _chunk_logprobs(hidden_BCD: jax.Array, head_DV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the targets, and of each position the log-sum-exp of its logits."""
-    logits_BCV = _logits(hidden_BCD, head_DV)
-    taken_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    return taken_BC - lse_BC, lse_BC
-
-
 # The gradient by hand: the log-sum-exp is kept, so that the way back makes logits once more and nothing else; both
 # gradients come from one array of them, which is rounded to the type of the hidden states before it is multiplied.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
-    return _chunked_forward(hidden_BTD, head_DV, targets_BT, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int
+) -> jax.Array:
+    return _chunked_forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk)[0]
 
 
-def _chunked_forward(hidden_BTD, head_DV, targets_BT, chunk):
-    def one(_, pieces):
-        hidden_BCD, targets_BC = pieces
-        return None, _chunk_logprobs(hidden_BCD, head_DV, targets_BC)
+def _chunked_forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
+    order_BT, turns = _wanted_first(mask_BT, chunk)
+    hidden_SBCD, targets_SBC = (_cut(_taken(x, order_BT), chunk) for x in (hidden_BTD, targets_BT))
 
-    _, found = jax.lax.scan(one, None, (_cut(hidden_BTD, chunk), _cut(targets_BT, chunk)))
-    logprobs_BT, lse_BT = (_joined(x, targets_BT.shape[1]) for x in found)
-    return logprobs_BT, (hidden_BTD, head_DV, targets_BT, lse_BT)
+    def one(turn, found):
+        logits_BCV = _logits(hidden_SBCD[turn], head_DV)
+        taken_BC = jnp.take_along_axis(logits_BCV, targets_SBC[turn][..., None], axis=-1)[..., 0]
+        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        return tuple(x.at[turn].set(now) for x, now in zip(found, (taken_BC - lse_BC, lse_BC), strict=True))
+
+    nothing = jnp.zeros(targets_SBC.shape, jnp.float32)
+    logprobs_SBC, lse_SBC = jax.lax.fori_loop(0, turns, one, (nothing, nothing))
+    logprobs_BT = jnp.where(mask_BT == 0, 0, _put_back(logprobs_SBC, order_BT))
+    return logprobs_BT, (hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC)
 
 
 def _chunked_backward(chunk, kept, gradient_BT):
-    hidden_BTD, head_DV, targets_BT, lse_BT = kept
+    hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC = kept
+    order_BT, turns = _wanted_first(mask_BT, chunk)
+    gradient_BT = jnp.where(mask_BT == 0, 0, gradient_BT)
+    hidden_SBCD, targets_SBC, gradient_SBC = (
+        _cut(_taken(x, order_BT), chunk) for x in (hidden_BTD, targets_BT, gradient_BT)
+    )
     tokens_1V = jnp.arange(head_DV.shape[1]).reshape(1, 1, -1)
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def one(head_gradient_DV, pieces):
-        hidden_BCD, targets_BC, lse_BC, gradient_BC = pieces
+    def one(turn, gradients):
+        hidden_gradient_SBCD, head_gradient_DV = gradients
         # d log p(target) / d logits = one at the target - softmax
-        softmax_BCV = jnp.exp(_logits(hidden_BCD, head_DV) - lse_BC[..., None])
-        on_BCV = gradient_BC[..., None] * ((tokens_1V == targets_BC[..., None]) - softmax_BCV)
+        softmax_BCV = jnp.exp(_logits(hidden_SBCD[turn], head_DV) - lse_SBC[turn][..., None])
+        on_BCV = gradient_SBC[turn][..., None] * ((tokens_1V == targets_SBC[turn][..., None]) - softmax_BCV)
         on_BCV = on_BCV.astype(hidden_BTD.dtype)
-        multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         hidden_gradient_BCD = multiply("bcv,dv->bcd", on_BCV, head_DV).astype(hidden_BTD.dtype)
-        return head_gradient_DV + multiply("bcd,bcv->dv", hidden_BCD, on_BCV), hidden_gradient_BCD
+        head_gradient_DV += multiply("bcd,bcv->dv", hidden_SBCD[turn], on_BCV)
+        return hidden_gradient_SBCD.at[turn].set(hidden_gradient_BCD), head_gradient_DV
 
-    pieces = tuple(_cut(x, chunk) for x in (hidden_BTD, targets_BT, lse_BT, gradient_BT))
-    head_gradient_DV, found = jax.lax.scan(one, jnp.zeros(head_DV.shape, jnp.float32), pieces)
-    return _joined(found, targets_BT.shape[1]), head_gradient_DV.astype(head_DV.dtype), None
+    nothing = jnp.zeros_like(hidden_SBCD), jnp.zeros(head_DV.shape, jnp.float32)
+    hidden_gradient_SBCD, head_gradient_DV = jax.lax.fori_loop(0, turns, one, nothing)
+    return _put_back(hidden_gradient_SBCD, order_BT), head_gradient_DV.astype(head_DV.dtype), None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _wanted_first(mask_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Each row's positions, those that are wanted first, and how many chunks hold all of these."""
+    unwanted_BT = mask_BT == 0
+    most = jnp.max(jnp.sum(~unwanted_BT, axis=1))
+    return jnp.argsort(unwanted_BT, axis=1, stable=True), (most + chunk - 1) // chunk
+
+
+def _taken(x_BT: jax.Array, order_BT: jax.Array) -> jax.Array:
+    """The positions of each row of [B, T, ...] in this order."""
+    return jax.vmap(lambda x_T, order_T: x_T[order_T])(x_BT, order_BT)
 
 
 def _cut(x: jax.Array, chunk: int) -> jax.Array:
@@ -88,10 +108,12 @@ def _cut(x: jax.Array, chunk: int) -> jax.Array:
     return x.reshape(B, chunks, chunk, *rest).swapaxes(0, 1)
 
 
-def _joined(pieces: jax.Array, length: int) -> jax.Array:
-    """The way back of `_cut`."""
+def _put_back(pieces: jax.Array, order_BT: jax.Array) -> jax.Array:
+    """The way back of `_cut(_taken(...))`."""
     chunks, B, chunk, *rest = pieces.shape
-    return pieces.swapaxes(0, 1).reshape(B, chunks * chunk, *rest)[:, :length]
+    ordered = pieces.swapaxes(0, 1).reshape(B, chunks * chunk, *rest)
+    # Gathered by the inverse order: a scatter would be slower, and on GPUs in an order of its own.
+    return _taken(ordered, jnp.argsort(order_BT, axis=1))
 
 
 def sequence_logprobs(
@@ -106,7 +128,7 @@ def sequence_logprobs(
     Returns:
       float32 [B], in nats.
     """
-    return jnp.sum(token_logprobs(hidden_BTD, head_DV, targets_BT, chunk) * mask_BT, axis=-1)
+    return jnp.sum(token_logprobs(hidden_BTD, head_DV, targets_BT, mask_BT, chunk) * mask_BT, axis=-1)
 
 
 def document_logprobs(logprobs_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array, documents: int) -> jax.Array:
@@ -133,7 +155,7 @@ def sft_loss(
 
     Arguments as for `sequence_logprobs`. Returns a float32 scalar; 0 where the mask is empty.
     """
-    total = jnp.sum(token_logprobs(hidden_BTD, head_DV, targets_BT, chunk) * mask_BT)
+    total = jnp.sum(token_logprobs(hidden_BTD, head_DV, targets_BT, mask_BT, chunk) * mask_BT)
     return -total / jnp.maximum(jnp.sum(mask_BT), 1)
 
 

@@ -51,7 +51,9 @@ class SftObjective:
             cache=None,
             dropout=_dropout(self.dropout, key),
         )
-        logprobs_BT = losses.token_logprobs(hidden_BTD, model.head(), batch.targets_BT, self.logprob_chunk)
+        logprobs_BT = losses.token_logprobs(
+            hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, self.logprob_chunk
+        )
         return Sums(-jnp.sum(logprobs_BT * batch.mask_BT), jnp.sum(batch.mask_BT), {})
 
 
@@ -98,5 +100,5 @@ def response_logprobs(
     if batch.segments_BT is None:
         assert documents == batch.tokens_BT.shape[0]
         return losses.sequence_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)
-    logprobs_BT = losses.token_logprobs(hidden_BTD, model.head(), batch.targets_BT, logprob_chunk)
+    logprobs_BT = losses.token_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)
     return losses.document_logprobs(logprobs_BT, batch.mask_BT, batch.segments_BT, documents)

@@ -33,7 +33,7 @@ def counted(function, c):
 def total(model, tokens_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(LENGTH)[None], (ROWS, LENGTH))
     hidden_BTD, _ = model(tokens_BT, positions_BT, segments_BT=None, cache=None, dropout=None)
-    return jnp.sum(losses.token_logprobs(hidden_BTD, model.head(), tokens_BT, LENGTH))
+    return jnp.sum(losses.token_logprobs(hidden_BTD, model.head(), tokens_BT, jnp.ones(tokens_BT.shape), LENGTH))
 
 
 def test_a_forward_pass():

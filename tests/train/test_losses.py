@@ -141,38 +141,49 @@ def test_a_hopeless_pair_still_pulls_with_the_whole_of_beta():
 def test_token_logprobs_by_hand():
     # Logits (0, log 3) and (log 3, 0): probabilities 1/4 and 3/4.
     hidden, head = jnp.array([[[1.0, 0.0], [0.0, 1.0]]]), math.log(3) * jnp.array([[0.0, 1.0], [1.0, 0.0]])
-    logprobs = losses.token_logprobs(hidden, head, jnp.array([[0, 0]]), 8)
+    logprobs = losses.token_logprobs(hidden, head, jnp.array([[0, 0]]), jnp.ones((1, 2)), 8)
     np.testing.assert_allclose(logprobs, [[math.log(1 / 4), math.log(3 / 4)]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_chunks_change_neither_log_probabilities_nor_gradients(chunk):
     hidden, head, targets, mask = projection()
-    chunked = losses.token_logprobs(hidden, head, targets, chunk)
-    np.testing.assert_allclose(chunked, plain_logprobs(hidden, head, targets), rtol=1e-5, atol=1e-6)
+    chunked = losses.token_logprobs(hidden, head, targets, mask, chunk)
+    np.testing.assert_allclose(chunked, plain_logprobs(hidden, head, targets) * mask, rtol=1e-5, atol=1e-6)
 
     def gradients(logprobs):
         return jax.grad(lambda hidden, head: (logprobs(hidden, head) * mask).sum(), argnums=(0, 1))(hidden, head)
 
-    found = gradients(lambda hidden, head: losses.token_logprobs(hidden, head, targets, chunk))
+    found = gradients(lambda hidden, head: losses.token_logprobs(hidden, head, targets, mask, chunk))
     wanted = gradients(lambda hidden, head: plain_logprobs(hidden, head, targets))
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_positions_that_no_row_needs_are_not_even_multiplied():
+    hidden, head, targets, mask = projection()
+    value = lambda hidden, head: losses.sequence_logprobs(hidden, head, targets, mask, 1).sum()
+    wanted = jax.value_and_grad(value, argnums=(0, 1))(hidden, head)
+    # The second row wants six positions: the first row's last unwanted one and its own come seventh. What is not a
+    # number stays so in every sum, even multiplied by 0.
+    broken = hidden.at[0, 6].set(jnp.nan).at[1, 0].set(jnp.nan)
+    found = jax.value_and_grad(value, argnums=(0, 1))(broken, head)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_token_logprobs_gradients_agree_with_finite_differences():
-    hidden, head, targets, _ = projection()
-    logprobs = lambda hidden, head: losses.token_logprobs(hidden, head, targets, 3)
+    hidden, head, targets, mask = projection()
+    logprobs = lambda hidden, head: losses.token_logprobs(hidden, head, targets, mask, 3)
     check_grads(logprobs, (hidden, head), order=1, modes=("rev",), eps=1e-2, atol=1e-2, rtol=1e-2)
 
 
 def test_token_logprobs_are_float32_whatever_the_hidden_states_are():
-    hidden, head, targets, _ = projection()
-    half = losses.token_logprobs(hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), targets, 3)
+    hidden, head, targets, mask = projection()
+    half = losses.token_logprobs(hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), targets, mask, 3)
     assert half.dtype == jnp.float32
     # Rounding the inputs costs some 1%; rounding the logits or their sum to bfloat16 would cost more than that.
     exact = losses.token_logprobs(
-        hidden.astype(jnp.bfloat16).astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32), targets, 3
+        hidden.astype(jnp.bfloat16).astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32), targets, mask, 3
     )
     np.testing.assert_allclose(half, exact, rtol=1e-5, atol=1e-5)
 
