@@ -9,7 +9,7 @@ from srlm_jax.bench.setting import train_mesh
 from srlm_jax.bench.workload import Pair
 from srlm_jax.data import batches
 from srlm_jax.data.batches import PairBatch, PairRow, Row, TokenBatch
-from srlm_jax.data.packing import Packing, Shape
+from srlm_jax.data.packing import Packing
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.train.objectives import response_logprobs
@@ -31,36 +31,40 @@ def logprob_chunk() -> int:
 
 def token_batches(documents: Sequence[Row], size: int) -> list[TokenBatch]:
     """Batches of `size` documents each, dealt and packed as the pipeline does it."""
-    packing, shape = _packing([[row.length] for row in documents], size)
-    return list(batches.packed_batches(documents, shape, packing, packing.batches))
+    packing = _packing([[row.length] for row in documents], size)
+    return list(batches.packed_batches(documents, packing, packing.batches))
 
 
 def pair_batches(pairs: Sequence[PairRow], size: int) -> list[PairBatch]:
     """Batches of `size` pairs, dealt and packed as the pipeline does it."""
-    packing, shape = _packing([[pair.chosen.length, pair.rejected.length] for pair in pairs], size)
-    return list(batches.packed_pairs(pairs, shape, packing, packing.batches))
+    packing = _packing([[pair.chosen.length, pair.rejected.length] for pair in pairs], size)
+    return list(batches.packed_pairs(pairs, packing, packing.batches))
 
 
-def _packing(lengths: Sequence[Sequence[int]], size: int) -> tuple[Packing, Shape]:
-    """How examples of these documents' lengths make batches of `size`, and the one shape of all of these."""
+def _packing(lengths: Sequence[Sequence[int]], size: int) -> Packing:
+    """How examples of these documents' lengths make batches of `size`."""
     known = np.asarray(lengths)
-    packing = Packing(
+    return Packing(
         lengths=known, batch_size=size, accumulate=1, most=2 * int(known.max()), length_multiple=_MULTIPLE,
         rows_multiple=1, seed=0,
     )  # fmt: skip
-    return packing, packing.smallest_shape(packing.batches)
 
 
-def logprobs(model: Llama, rows: Sequence[Row], size: int) -> np.ndarray:
-    """What the model gives each row's answer, `size` rows at a time: the reference pass."""
-    packing, shape = _packing([[row.length] for row in rows], size)
-    made = batches.packed_batches(rows, shape, packing, packing.batches)
-    mesh, found = train_mesh(), []
+def logprobs(model: Llama, rows: Sequence[Row]) -> np.ndarray:
+    """What the model gives each row's answer, padded and all at once."""
+    batch = batches.token_batch(rows, batches.padded_length([row.length for row in rows], _MULTIPLE))
+    return _logprobs(model, [batch], len(rows))[0]
+
+
+def reference_pass(model: Llama, made: Sequence[PairBatch]) -> list[PairBatch]:
+    """The batches with what the model gives their answers as the reference's."""
+    found = _logprobs(model, [batch.rows for batch in made], 2 * len(made[0].ref_chosen_P))
+    return [PairBatch(batch.rows, *np.split(of_batch, 2)) for batch, of_batch in zip(made, found, strict=True)]
+
+
+def _logprobs(model: Llama, made: Sequence[TokenBatch], documents: int) -> list[np.ndarray]:
+    mesh = train_mesh()
     place = rules.sharding(mesh, rules.TRAIN, ("batch",))
     with jax.set_mesh(mesh):
-        for batch in made:
-            found.append(_compiled_logprobs(model, hosts.spread(batch, place), size, _LOGPROB_CHUNK, None))
-    result = np.empty(len(rows), np.float32)
-    for (lot,), of_lot in zip(packing.epoch(0, shape), hosts.fetch(found), strict=True):
-        result[lot.examples] = of_lot
-    return result
+        found = [_compiled_logprobs(model, hosts.spread(x, place), documents, _LOGPROB_CHUNK, None) for x in made]
+    return hosts.fetch(found)

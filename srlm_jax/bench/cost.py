@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from srlm_jax.bench.workload import Pair, Tree
+from srlm_jax.data.batches import Row
 from srlm_jax.model.config import LlamaConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -102,25 +103,54 @@ def writing(c: LlamaConfig, tree: Tree, rows: int, dtype: str) -> Need:
     )
 
 
-def forward(c: LlamaConfig, documents: Sequence[int], dtype: str) -> Need:
-    """Log-probabilities of documents of these lengths in positions."""
-    tokens = sum(documents)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents:
+    """What is trained on: the tokens that it is counted in, and what of them has to be computed."""
+
+    tokens: int  # positions of all documents
+    spans: tuple[
+        tuple[int, int], ...
+    ]  # tokens in a row that are read once: how many they have before them, and how many
+    predicted: int  # tokens whose log-probabilities are wanted
+
+
+def of_rows(rows: Sequence[Row]) -> Documents:
+    """Documents that share nothing."""
+    spans = tuple((0, row.length) for row in rows)
+    return Documents(
+        tokens=sum(row.length for row in rows),
+        spans=spans,
+        predicted=sum(len(row.ids) - row.loss_from for row in rows),
+    )
+
+
+def of_pairs(pairs: Sequence[Pair]) -> Documents:
+    """Preference pairs, each answer with its prompt, of which all tokens but the last are read once for both; an
+    answer's last token is only a target."""
+    answers = [(len(pair.prompt), len(answer)) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return Documents(
+        tokens=sum(prompt + answer - 1 for prompt, answer in answers),
+        spans=tuple(
+            [(0, len(pair.prompt) - 1) for pair in pairs] + [(prompt - 1, answer) for prompt, answer in answers]
+        ),
+        predicted=sum(answer for _, answer in answers),
+    )
+
+
+def forward(c: LlamaConfig, documents: Documents, dtype: str) -> Need:
+    """Log-probabilities of the predicted tokens."""
     return Need(
-        tokens=tokens,
-        flops=2.0 * tokens * (block_weights(c) + head_weights(c))
-        + sum(attention_flops(c, 0, length) for length in documents),
+        tokens=documents.tokens,
+        flops=2.0 * sum(length for _, length in documents.spans) * block_weights(c)
+        + 2.0 * documents.predicted * head_weights(c)
+        + sum(attention_flops(c, start, length) for start, length in documents.spans),
         memory_bytes=weight_bytes(c, dtype),
     )
 
 
-def training(c: LlamaConfig, documents: Sequence[int], updates: int, dtype: str) -> Need:
+def training(c: LlamaConfig, documents: Documents, updates: int, dtype: str) -> Need:
     """`updates` updates by AdamW on all of these documents: a forward pass and twice that back; weights are read both
     ways, and the optimizer reads weights, gradients and two moments and writes all but the gradients."""
     once = forward(c, documents, dtype)
     kept = 7 * c.parameters * _BYTES[dtype]
     return Need(tokens=once.tokens, flops=3 * once.flops, memory_bytes=updates * (2 * weight_bytes(c, dtype) + kept))
-
-
-def positions(pairs: Sequence[Pair]) -> list[int]:
-    """Positions of each document of preference pairs: each answer with its prompt; the last token is only a target."""
-    return [len(pair.prompt) + len(answer) - 1 for pair in pairs for answer in (pair.chosen, pair.rejected)]

@@ -14,7 +14,7 @@ from srlm_jax.bench.peer_process import Peer, python_of, started
 from srlm_jax.bench.sampling import DRAW, agree, job, sample
 from srlm_jax.bench.setting import Setting, checkpoint, random_model, sample_mesh
 from srlm_jax.bench.sides import OURS, Side
-from srlm_jax.bench.training import BETA, Training, dpo_objective, with_reference
+from srlm_jax.bench.training import BETA, Training, dpo_objective, numbered
 from srlm_jax.bench.workload import Tree, Workload, answering, best_and_worst, judging, judging_of, pairs_of
 from srlm_jax.sampling import engine
 
@@ -60,10 +60,10 @@ def _needs(setting: Setting, asked: Tree, judged: Tree, dtype: str) -> dict[str,
     config, w = setting.of(dtype), setting.workload
     batch, updates = updates_of(w)
     answers = tuple(tuple((0,) * limit for limit in limits) for (limits,) in asked.limits)
-    lengths = cost.positions(pairs_of(w, asked, answers)[: batch * updates])
+    trained = cost.of_pairs(pairs_of(w, asked, answers)[: batch * updates])
     answered = [cost.reading(config, asked, dtype), cost.writing(config, asked, w.rows, dtype)]
     voted = [cost.reading(config, judged, dtype), cost.writing(config, judged, w.rows, dtype)]
-    reference, train = cost.forward(config, lengths, dtype), cost.training(config, lengths, updates, dtype)
+    reference, train = cost.forward(config, trained, dtype), cost.training(config, trained, updates, dtype)
     everything = cost.Need(tokens=asked.tokens + judged.tokens + train.tokens, flops=0, memory_bytes=0)
     return {
         "seconds": [*answered, *voted, reference, train, everything],
@@ -126,9 +126,9 @@ def _run_ours(setting: Setting, training: Training, asked: Tree) -> dict[str, fl
     sample(model, judging_of(w, vocabulary, asked, answers), DRAW, w.rows, w.steps)
     known = pairs_of(w, asked, answers)[: batch * updates]
     marks.append(time.perf_counter())
-    reference = batching.logprobs(training.model, batching.rows_of(known), 2 * batch)
+    made = batching.reference_pass(training.model, batching.pair_batches(numbered(known), batch))
     marks.append(time.perf_counter())
-    training.run(batching.pair_batches(with_reference(known, reference), batch))
+    training.run(made)
     marks.append(time.perf_counter())
     names = ("answering_seconds", "judging_seconds", "reference_seconds", "train_seconds")
     took = {name: end - start for name, start, end in zip(names, marks[:-1], marks[1:], strict=True)}

@@ -68,10 +68,10 @@ def dpo_objective() -> DpoObjective:
     return DpoObjective(beta=BETA, dropout=0.0, logprob_chunk=batching.logprob_chunk())
 
 
-def with_reference(known: Sequence[Pair], reference: np.ndarray) -> list[PairRow]:
-    """The pairs with what the reference gives their answers, in the order of `batching.rows_of`."""
-    rows, given = batching.rows_of(known), reference.reshape(-1, 2).tolist()
-    return [PairRow(rows[2 * i], rows[2 * i + 1], *given[i]) for i in range(len(known))]
+def numbered(known: Sequence[Pair]) -> list[PairRow]:
+    """The pairs without a reference: in place of it each has its number, for batches are in an order of their own."""
+    rows = batching.rows_of(known)
+    return [PairRow(rows[2 * i], rows[2 * i + 1], float(i), float(i)) for i in range(len(known))]
 
 
 def measure(setting: Setting, ceilings: Ceilings) -> dict[str, object]:
@@ -82,13 +82,18 @@ def measure(setting: Setting, ceilings: Ceilings) -> dict[str, object]:
     """
     w, vocabulary = setting.workload, setting.config.V
     work = documents(w, vocabulary) if setting.command == "sft" else pairs(w, vocabulary)
-    lengths = [row.length for row in _rows(work)]
+    rows = _rows(work)
     with contextlib.ExitStack() as opened:
         compared, versions = _sides(setting, work, opened)
         runs = sides.measure(compared, setting.repeat, setting.command)
-    needs = {dtype: _needs(setting, lengths, dtype) for dtype in setting.dtypes}
+    needs = {dtype: _needs(setting, work, dtype) for dtype in setting.dtypes}
     return {
-        "work": {"updates": w.updates, "documents": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
+        "work": {
+            "updates": w.updates,
+            "documents": len(rows),
+            "tokens": sum(row.length for row in rows),
+            "longest": max(row.length for row in rows),
+        },
         "units": (len(work), "row" if setting.command == "sft" else "pair"),
         "versions": versions,
         "runs": runs,
@@ -100,12 +105,13 @@ def _rows(work: Sequence[Row] | Sequence[Pair]) -> list[Row]:
     return batching.rows_of(work) if isinstance(work[0], Pair) else list(work)
 
 
-def _needs(setting: Setting, lengths: Sequence[int], dtype: str) -> dict[str, list[cost.Need]]:
+def _needs(setting: Setting, work: Sequence[Row] | Sequence[Pair], dtype: str) -> dict[str, list[cost.Need]]:
     config = setting.of(dtype)
-    train = cost.training(config, lengths, setting.workload.updates, dtype)
+    documents = cost.of_rows(work) if setting.command == "sft" else cost.of_pairs(work)
+    train = cost.training(config, documents, setting.workload.updates, dtype)
     if setting.command == "sft":
         return {"seconds": [train]}
-    reference = cost.forward(config, lengths, dtype)
+    reference = cost.forward(config, documents, dtype)
     return {"seconds": [reference, train], "reference_seconds": [reference], "train_seconds": [train]}
 
 
@@ -153,9 +159,9 @@ def _run_sft(training: Training, work: Sequence[Row], batch: int) -> dict[str, f
 def _run_dpo(training: Training, work: Sequence[Pair], batch: int) -> dict[str, float]:
     sides.forget_peak_memory()
     start = time.perf_counter()
-    reference = batching.logprobs(training.model, batching.rows_of(work), 2 * batch)
+    made = batching.reference_pass(training.model, batching.pair_batches(numbered(work), batch))
     between = time.perf_counter()
-    training.run(batching.pair_batches(with_reference(work, reference), batch))
+    training.run(made)
     end = time.perf_counter()
     return {
         "seconds": end - start,
@@ -175,10 +181,17 @@ def _agree(setting: Setting, work: Sequence[Row] | Sequence[Pair], script: str, 
     Raises:
       ValueError: they do not.
     """
-    rows = _rows(work)[: 2 * setting.workload.batch]
+    batch = setting.workload.batch
+    rows = _rows(work)[: 2 * batch]
     model = random_model(setting.of("float32"), setting.made_in)
     with jax.default_matmul_precision("highest"):
-        ours = batching.logprobs(model, rows, len(rows))
+        if setting.command == "sft":
+            ours = batching.logprobs(model, rows)
+        else:
+            (made,) = batching.pair_batches(numbered(work[:batch]), batch)
+            (found,) = batching.reference_pass(model, [made])
+            by_pair = np.stack([found.ref_chosen_P, found.ref_rejected_P], axis=1)
+            ours = by_pair[np.argsort(made.ref_chosen_P)].reshape(-1)
     with started(script, python, told) as peer:
         theirs = np.asarray(peer.ask(do="check", count=len(rows))["logprobs"])
     check_logprobs(script, ours, theirs, [len(row.ids) - row.loss_from for row in rows])

@@ -147,6 +147,10 @@ class Packing:
         """Of an epoch."""
         return len(self.lengths) // self.batch_size
 
+    def epochs(self, steps: int) -> int:
+        """How many epochs so many updates reach into."""
+        return math.ceil(steps / self.batches)
+
     def epoch(self, epoch: int, shape: Shape) -> list[list[Lot]] | None:
         """Every batch of an epoch as its microbatches, each of which fits `shape`; None where no way was found.
 
@@ -165,8 +169,8 @@ class Packing:
 
     def smallest_shape(self, steps: int) -> Shape:
         """Of a microbatch: the one with the fewest positions that all microbatches of so many updates fit."""
-        epochs = math.ceil(steps / self.batches)
-        return next(shape for shape in self._shapes() if all(self.epoch(i, shape) is not None for i in range(epochs)))
+        epochs = range(self.epochs(steps))
+        return next(shape for shape in self._shapes() if all(self.epoch(i, shape) is not None for i in epochs))
 
     def _shapes(self) -> Iterator[Shape]:
         """All with room for a microbatch, the smallest first; of two with as many positions the one of shorter rows."""

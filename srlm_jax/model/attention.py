@@ -26,7 +26,8 @@ from srlm_jax.parallel import rules
 LANES = 128
 # Up to so many keys plain attention's scores are small beside a block's other results.
 PLAIN_KEYS = 1_024
-QUERY_BLOCK = 256  # queries whose scores `blocked` holds at once
+QUERY_BLOCK = 128  # the fewest queries whose scores `blocked` computes at once
+QUERY_BLOCKS = 8  # of a row, at most
 TRITON_BLOCK = 64
 
 
@@ -206,7 +207,7 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
     # jax gives cuDNN's log-sum-exp in the output's 16 bits, too few to merge parts by.
     if platform == "gpu" and half and single and H % 8 == 0 and H <= 128 and T == S and part.readable.length_R is None:
         return cudnn if part.readable.segments_BT is None else triton
-    return blocked if S > PLAIN_KEYS and T > QUERY_BLOCK else plain
+    return blocked if T > QUERY_BLOCK and (S > PLAIN_KEYS or part.readable.causal) else plain
 
 
 def plain(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
@@ -216,24 +217,21 @@ def plain(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, 
 
 
 def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
-    """The scores of one block of queries after the other, by XLA; on the way back they are computed again."""
-    B, N, T, H = q_BNTH.shape
-    S, blocks = part.k_LRKSH.shape[-2], -(-T // QUERY_BLOCK)
-    q = _pad(q_BNTH, 2, blocks * QUERY_BLOCK, 0).reshape(B, N, blocks, QUERY_BLOCK, H)
-    readable = part.readable
-    if readable.segments_BT is not None:
-        # The last block's queries beyond the row slice past its end: give them a segment to slice.
-        readable = dataclasses.replace(readable, segments_BT=_pad(readable.segments_BT, 1, blocks * QUERY_BLOCK, -1))
+    """The scores of one block of queries after the other, by XLA: where they are causal, of the keys up to the block's
+    end alone. Scores of many keys are computed again on the way back."""
+    T, S, readable = q_BNTH.shape[2], part.k_LRKSH.shape[-2], part.readable
+    size = max(QUERY_BLOCK, -(-T // QUERY_BLOCKS))
 
-    @jax.checkpoint
-    def one(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index, q_block = block
-        mask = readable.mask_RCTS(index * QUERY_BLOCK, QUERY_BLOCK, S)
-        return ops.attend(q_block, part.k_RKSH, part.v_RKSH, mask)
+    def one(start: int) -> tuple[jax.Array, jax.Array]:
+        end = min(start + size, T)
+        keys = min(end, S) if readable.causal else S
+        mask = readable.mask_RCTS(start, end - start, keys)
+        attend = jax.checkpoint(ops.attend) if S > PLAIN_KEYS else ops.attend
+        k, v = (x if keys == S else x[:, :, :keys] for x in (part.k_RKSH, part.v_RKSH))
+        return attend(q_BNTH[:, :, start:end], k, v, mask)
 
-    out, lse = jax.lax.map(one, (jnp.arange(blocks), jnp.moveaxis(q, 2, 0)))
-    joined = jnp.moveaxis(out, 0, 2).reshape(B, N, -1, H), jnp.moveaxis(lse, 0, 2).reshape(B, N, -1)
-    return joined[0][:, :, :T], joined[1][:, :, :T]
+    outs, lses = zip(*map(one, range(0, T, size)), strict=True)
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)
 
 
 def decoding(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,7 @@ from srlm_jax.model import attention, ops
 from srlm_jax.model.attention import Part
 from srlm_jax.model.cache import Cache, write
 from srlm_jax.model.config import LlamaConfig
+from srlm_jax.model.folding import Folding
 from srlm_jax.parallel import rules
 
 
@@ -90,7 +91,7 @@ class Llama(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         *,
-        segments_BT: Int[Array, "B T"] | None,
+        segments_BT: Int[Array, "B T"] | Folding | None,
         cache: Cache | None,
         dropout: ops.Dropout | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -100,17 +101,21 @@ class Llama(nnx.Module):
           tokens_BT: token ids.
           positions_BT: each token's place in its own document, from 0.
           segments_BT: without a cache, which document of a packed row a token belongs to; tokens attend within their
-            document only, to themselves and what came before. None: each row is one document.
+            document only, to themselves and what came before. None: each row is one document. A `Folding`: documents
+            share the tokens that they begin with.
           cache: with one, tokens attend as it says (see `Cache`), and `segments_BT` must be None.
           dropout: of what each half of a block adds to the residual stream, for training. The attention's weights have
             none: a random number for every score costs more than all else, and no fused kernel draws them.
         """
         c = self.config
-        B, T = tokens_BT.shape
-        cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta, c.rope_scaling)
         assert cache is None or segments_BT is None
         assert dropout is None or len(self.stacks) == 1
+        unfold = fold = lambda x: x
+        if isinstance(segments_BT, Folding):
+            unfold, fold, segments_BT = segments_BT.unfold, segments_BT.fold, segments_BT.segments_BU
+            positions_BT = unfold(positions_BT[..., None])[..., 0]
         own = dataclasses.replace(attention.CAUSAL, segments_BT=segments_BT)
+        cos, sin = ops.rope_angles(positions_BT, c.H, c.rope_theta, c.rope_scaling)
 
         # Between the halves of a block, and so in what gradients keep of it, the tokens of a row are shared by the
         # devices that split its products (Megatron's sequence parallelism, arXiv 2205.05198). The products' operands
@@ -126,9 +131,9 @@ class Llama(nnx.Module):
             drop = None if dropout is None else dropout.fold(layer)
             cast = jax.tree.map(lambda p: p.astype(c.compute_dtype), w)
             h_BTD = whole(ops.rms_norm(x_BTD, cast.attention_norm[...], c.norm_eps))
-            q_BNTH = ops.rotate(project(h_BTD, cast.q[...]), cos, sin)
-            k_BKTH = ops.rotate(project(h_BTD, cast.k[...]), cos, sin)
-            v_BKTH = project(h_BTD, cast.v[...])
+            q_BNTH = ops.rotate(head_major(unfold(project(h_BTD, cast.q[...])), c.H), cos, sin)
+            k_BKTH = ops.rotate(head_major(unfold(project(h_BTD, cast.k[...])), c.H), cos, sin)
+            v_BKTH = head_major(unfold(project(h_BTD, cast.v[...])), c.H)
             parts = [attention.alone(k_BKTH, v_BKTH, own)] if cache is None or cache.among_themselves else []
             shared, siblings = [], None
             if cache is not None:
@@ -139,7 +144,8 @@ class Llama(nnx.Module):
                 parts += [level.part(stack, layer) for level in cache.parents]
                 shared, siblings = [level.part(stack, layer) for level in cache.shared], cache.siblings
             a_BNTH = attention.attend(q_BNTH, parts, shared, siblings)
-            a_BTD = scattered(ops.linear(a_BNTH.swapaxes(1, 2).reshape(B, T, -1), cast.o[...].reshape(-1, c.D)))
+            a_BTX = fold(token_major(a_BNTH))
+            a_BTD = scattered(ops.linear(a_BTX, cast.o[...].reshape(-1, c.D)))
             x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(0)(a_BTD))
             h_BTD = whole(ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps))
             m_BTD = scattered(ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...]))
@@ -165,10 +171,22 @@ class Llama(nnx.Module):
 
 def project(
     x_BTD: Float[Array, "B T D"], w_DNH: Float[Array, "D N H"] | ops.Adapted | ops.Quantized
-) -> Float[Array, "B N T H"]:
-    """Queries, keys or values, head-major: the layout in which attention is two plain batched matrix products."""
-    (B, T, _), (D, N, H) = x_BTD.shape, w_DNH.shape
-    return ops.linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(B, T, N, H).swapaxes(1, 2)
+) -> Float[Array, "B T X"]:
+    """Queries, keys or values of all heads, one after the other."""
+    D, N, H = w_DNH.shape
+    return ops.linear(x_BTD, w_DNH.reshape(D, N * H))
+
+
+def head_major(x_BTX: Float[Array, "B T X"], head_width: int) -> Float[Array, "B N T H"]:
+    """The layout in which attention is two plain batched matrix products."""
+    B, T, _ = x_BTX.shape
+    return x_BTX.reshape(B, T, -1, head_width).swapaxes(1, 2)
+
+
+def token_major(x_BNTH: Float[Array, "B N T H"]) -> Float[Array, "B T X"]:
+    """The way back of `head_major`."""
+    B, _, T, _ = x_BNTH.shape
+    return x_BNTH.swapaxes(1, 2).reshape(B, T, -1)
 
 
 def init(config: LlamaConfig, key: PRNGKeyArray) -> Llama:

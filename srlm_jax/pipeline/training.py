@@ -2,14 +2,14 @@
 the reference log-probabilities that DPO needs."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
 from srlm_jax.data import batches
-from srlm_jax.data.batches import PairRow, Row
+from srlm_jax.data.batches import PairRow, Row, TokenBatch
 from srlm_jax.data.packing import Packing, Shape, pack
 from srlm_jax.model import config_files, llama, weights
 from srlm_jax.model.llama import Llama
@@ -17,6 +17,7 @@ from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline.generate import stage_key, words_32
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, naming
+from srlm_jax.pipeline.settings import Settings
 from srlm_jax.records import (
     Document,
     Example,
@@ -135,8 +136,7 @@ def fine_tune(run: Run, name: str, files: Sequence[str], inputs: Sequence[str]) 
         if run.settings.packed:
             fitting = _enough(fitting, s.train.batch_size)
             packing = _packing(run, s.train, [[row.length] for row in fitting])
-            shape = packing.smallest_shape(s.train.steps)
-            dataset = batches.packed_batches(fitting, shape, packing, s.train.steps)
+            dataset = batches.packed_batches(fitting, packing, s.train.steps)
         else:
             length = batches.padded_length([row.length for row in fitting], run.settings.length_multiple)
             dataset = batches.padded_batches(fitting, length, s.train.batch_size, run.settings.seed)
@@ -173,39 +173,78 @@ def example_row(run: Run, prompt: str, response: str) -> Row:
 compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
 
 
+def _pair_row(run: Run, pair: PreferencePair | ReferencePair, reference: tuple[float, float]) -> PairRow:
+    rows = [example_row(run, pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+    return PairRow(*rows, *reference)
+
+
+def _reference_batches(
+    s: Settings, shards: Sequence[Sequence[PairRow]]
+) -> tuple[Callable[[Sequence[PairRow]], Iterator[TokenBatch]], int]:
+    """How batches of a shard are made, all of one shape, and how many documents each may name: of n pairs the chosen
+    answers from 1, the rejected ones from 1 + n."""
+    pairs, size = [pair for shard in shards for pair in shard], s.reference_batch
+    longest = lambda lengths: batches.padded_length(lengths, s.length_multiple)
+    length = longest([row.length for row in batches.documents(pairs)])
+
+    def padded(shard: Sequence[PairRow]) -> Iterator[TokenBatch]:
+        rows = batches.documents(shard)
+        rows += rows[:1] * (-len(rows) % size)
+        return (batches.token_batch(rows[i : i + size], length) for i in range(0, len(rows), size))
+
+    def packed(shard: Sequence[PairRow]) -> Iterator[TokenBatch]:
+        rows = batches.documents(shard)
+        groups = pack([row.length for row in rows], length)
+        shape = Shape(size, length)
+        return (batches.packed_batch(rows, groups[i : i + size], shape) for i in range(0, len(groups), size))
+
+    if not s.packed:
+        return padded, size
+    if not batches.worth_folding(pairs):
+        return packed, 2 * s.shard_prompts
+    lengths = lambda shard: [pair.folded_length for pair in shard]
+    shape = Shape(size, longest(lengths(pairs)))
+    rows = [[shard[i] for i in group] for shard in shards for group in pack(lengths(shard), shape.length)]
+    unfolded = batches.unfolded_length(rows, s.length_multiple)
+
+    def folded(shard: Sequence[PairRow]) -> Iterator[TokenBatch]:
+        groups = pack(lengths(shard), shape.length)
+        return (batches.folded_batch(shard, groups[i : i + size], shape, unfolded) for i in range(0, len(groups), size))
+
+    return folded, 2 * s.shard_prompts
+
+
 def reference_logprobs(run: Run, name: str, start: str) -> None:
     """What the model that the round starts from gives each answer of each pair, once (section 2.4)."""
     s = run.settings
 
-    def logprobs(model: Llama, rows: Sequence[Row], length: int) -> np.ndarray:
-        """In batches of one size, the last of which is filled up."""
-        sharding = rules.sharding(run.train_mesh, rules.TRAIN, ("batch",))
-        size, found = s.reference_batch, []
-        if s.packed:
-            groups = pack([row.length for row in rows], length)
-            shape, documents = Shape(size, length), 2 * s.shard_prompts
-            made = [batches.packed_batch(rows, groups[i : i + size], shape) for i in range(0, len(groups), size)]
-        else:
-            whole = [*rows, *rows[:1] * (-len(rows) % size)]
-            documents = size
-            made = [batches.token_batch(whole[i : i + size], length) for i in range(0, len(whole), size)]
-        with jax.set_mesh(run.train_mesh):
-            for batch in made:
-                spread = hosts.spread(batch, sharding)
-                found.append(compiled_logprobs(model, spread, documents, s.logprob_chunk, None))
-        found = hosts.fetch(found)
-        # Packed, each document is in one of the batches, and the others give 0 for it.
-        return (np.sum(found, axis=0) if s.packed else np.concatenate(found))[: len(rows)]
-
     def work() -> Outcome:
         model = run.to_train(start)
-        known = jsonl.read(run.workdir / name / "pairs", PreferencePair)
-        rows = [example_row(run, pair.prompt, text) for pair in known for text in (pair.chosen, pair.rejected)]
-        length = batches.padded_length([row.length for row in rows], s.length_multiple)
+        pairs = jsonl.read(run.workdir / name / "pairs", PreferencePair)
+        known = [(pair, _pair_row(run, pair, (0.0, 0.0))) for pair in pairs]
+        rows = [row for _, row in known]
+        shards = [rows[i : i + s.shard_prompts] for i in range(0, len(rows), s.shard_prompts)]
+        made, documents = _reference_batches(s, shards)
+        place = rules.sharding(run.train_mesh, rules.TRAIN, ("batch",))
 
-        def part_work(part: Sequence[PreferencePair], report: Callable[[int, int], None]) -> list[ReferencePair]:
-            rows = [example_row(run, pair.prompt, text) for pair in part for text in (pair.chosen, pair.rejected)]
-            found = logprobs(model, rows, length).reshape(-1, 2)
+        def logprobs(shard: Sequence[PairRow]) -> np.ndarray:
+            """Of each pair's answers, [pairs, 2]."""
+            with jax.set_mesh(run.train_mesh):
+                found = hosts.fetch(
+                    [
+                        compiled_logprobs(model, hosts.spread(batch, place), documents, s.logprob_chunk, None)
+                        for batch in made(shard)
+                    ]
+                )
+            # Packed, each document is in one of the batches, and the others give 0 for it.
+            found = np.sum(found, axis=0) if s.packed else np.concatenate(found)
+            return found[: 2 * len(shard)].reshape(2, -1).T
+
+        def part_work(
+            part: Sequence[tuple[PreferencePair, PairRow]], report: Callable[[int, int], None]
+        ) -> list[ReferencePair]:
+            rows = [row for _, row in part]
+            found = logprobs(rows)
             report(2 * len(part), sum(row.length for row in rows))
             return [
                 ReferencePair(
@@ -216,7 +255,7 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
                     chosen_logprob=float(chosen),
                     rejected_logprob=float(rejected),
                 )
-                for pair, (chosen, rejected) in zip(part, found, strict=True)
+                for (pair, _), (chosen, rejected) in zip(part, found, strict=True)
             ]
 
         run.in_shards(
@@ -247,22 +286,16 @@ def train_on_preferences(run: Run, name: str, start: str) -> None:
 
     def make():
         rows = [
-            PairRow(
-                example_row(run, pair.prompt, pair.chosen),
-                example_row(run, pair.prompt, pair.rejected),
-                pair.chosen_logprob,
-                pair.rejected_logprob,
-            )
+            _pair_row(run, pair, (pair.chosen_logprob, pair.rejected_logprob))
             for pair in jsonl.read(run.workdir / name / "reference", ReferencePair)
         ]
         counts = {"pairs": len(rows)}
         if run.settings.packed:
             rows = _enough(rows, s.train.batch_size)
             packing = _packing(run, s.train, [[pair.chosen.length, pair.rejected.length] for pair in rows])
-            shape = packing.smallest_shape(s.train.steps)
-            dataset = batches.packed_pairs(rows, shape, packing, s.train.steps)
+            dataset = batches.packed_pairs(rows, packing, s.train.steps)
         else:
-            lengths = [row.length for pair in rows for row in (pair.chosen, pair.rejected)]
+            lengths = [row.length for row in batches.documents(rows)]
             length = batches.padded_length(lengths, run.settings.length_multiple)
             dataset = batches.padded_pairs(rows, length, s.train.batch_size, run.settings.seed)
         objective = DpoObjective(beta=s.beta, dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)

@@ -47,7 +47,7 @@ class SftObjective:
         hidden_BTD, _ = model(
             batch.tokens_BT,
             batch.positions_BT,
-            segments_BT=batch.segments_BT,
+            segments_BT=batch.documents,
             cache=None,
             dropout=_dropout(self.dropout, key),
         )
@@ -94,9 +94,7 @@ def response_logprobs(
 ) -> jax.Array:
     """Log-probability of each document's masked-in tokens, float32 [documents], of which there are as many as rows
     where the batch is not packed."""
-    hidden_BTD, _ = model(
-        batch.tokens_BT, batch.positions_BT, segments_BT=batch.segments_BT, cache=None, dropout=dropout
-    )
+    hidden_BTD, _ = model(batch.tokens_BT, batch.positions_BT, segments_BT=batch.documents, cache=None, dropout=dropout)
     if batch.segments_BT is None:
         assert documents == batch.tokens_BT.shape[0]
         return losses.sequence_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)

@@ -6,6 +6,7 @@ import pytest
 
 from srlm_jax.bench import cost
 from srlm_jax.bench.workload import CPU, SHAPES, Pair, Tree, answering, judging
+from srlm_jax.data.batches import Row
 
 SMALL = dataclasses.replace(
     CPU, prompts=3, instruction=5, response_mean=4, judgement_mean=3, before=7, behind=2, rows=4
@@ -64,15 +65,17 @@ def test_reading_and_writing_are_those_counted_token_by_token(tiny_config, make)
 
 
 def test_training_is_three_forward_passes_and_the_optimizers_traffic(tiny_config):
-    once = cost.forward(tiny_config, [3, 2], "float32")
-    assert once.flops == 2 * 5 * (5376 + 640) + 4 * 2 * 4 * 8 * (6 + 3)
-    train = cost.training(tiny_config, [3, 2], 2, "float32")
+    documents = cost.of_rows([Row((5, 6, 7, 2), 2), Row((5, 8, 2), 1)])
+    once = cost.forward(tiny_config, documents, "float32")
+    assert once.flops == 2 * (5 * 5376 + 4 * 640) + 4 * 2 * 4 * 8 * (6 + 3)
+    train = cost.training(tiny_config, documents, 2, "float32")
     assert (train.tokens, train.flops) == (5, 3 * once.flops)
     assert train.memory_bytes == 2 * (2 * once.memory_bytes + 7 * 4 * tiny_config.parameters)
 
 
-def test_a_pair_is_two_documents_whose_last_tokens_are_only_targets():
-    assert cost.positions([Pair((5, 6, 7), (8, 2), (9, 9, 2))]) == [4, 5]
+def test_a_pair_is_two_documents_that_share_a_prompt_and_whose_last_tokens_are_only_targets():
+    found = cost.of_pairs([Pair((5, 6, 7), (8, 2), (9, 9, 2))])
+    assert found == cost.Documents(tokens=4 + 5, spans=((0, 2), (2, 2), (2, 3)), predicted=5)
 
 
 def test_time_is_that_of_the_scarcer_resource():

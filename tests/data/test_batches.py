@@ -1,6 +1,7 @@
 """Where the loss is, what shares a row, and that a data iterator goes on where it was."""
 
 import itertools
+import math
 import time
 
 import jax
@@ -12,6 +13,7 @@ from srlm_jax.data.batches import (
     PairRow,
     Row,
     filled_batches,
+    folded_batch,
     packed_batch,
     packed_batches,
     packed_pairs,
@@ -34,8 +36,8 @@ def documents(count, longest, seed=0):
     return [Row(tuple(rng.integers(3, 40, n).tolist()), 1) for n in rng.integers(2, longest + 2, count)]
 
 
-def lists(batch):
-    return [np.asarray(x).tolist() for x in batch]
+def lists(arrays):
+    return [np.asarray(x).tolist() for x in arrays if x is not None]
 
 
 def test_targets_are_the_tokens_one_step_on_and_the_loss_is_on_the_response_and_its_end():
@@ -106,6 +108,37 @@ def test_packed_documents_have_the_loss_and_the_gradient_of_documents_in_rows_of
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_answers_that_share_their_prompt_in_a_row_by_hand():
+    # Prompts 1 4 5 and 1 6; of each all tokens but the last are shared.
+    pairs = [
+        PairRow(Row((1, 4, 5, 7, 2), 3), Row((1, 4, 5, 8, 9, 2), 3), 0.0, 0.0),
+        PairRow(Row((1, 6, 2), 2), Row((1, 6, 3, 2), 2), 0.0, 0.0),
+    ]
+    assert [(pair.shared, pair.length, pair.folded_length) for pair in pairs] == [(2, 9, 7), (1, 5, 4)]
+    batch = folded_batch(pairs, [[1, 0]], Shape(1, 12), 15)
+    folding = batch.folding
+    assert lists(batch[:5]) == [
+        [[1, 6, 6, 3, 1, 4, 5, 7, 5, 8, 9, 0]],  # tokens
+        [[6, 2, 3, 2, 4, 5, 7, 2, 8, 9, 2, 0]],  # targets
+        [[0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0]],  # mask
+        [[0, 1, 1, 2, 0, 1, 2, 3, 2, 3, 4, 0]],  # positions
+        [[2, 2, 4, 4, 1, 1, 1, 1, 3, 3, 3, 0]],  # segments
+    ]
+    assert lists((folding.source_BU, folding.first_BT, folding.second_BT, folding.segments_BU)) == [
+        [[0, 1, 0, 2, 3, 4, 5, 6, 7, 4, 5, 8, 9, 10, 0]],
+        [[0, 1, 3, 4, 5, 6, 7, 8, 11, 12, 13, -1]],
+        [[2, -1, -1, -1, 9, 10, -1, -1, -1, -1, -1, -1]],
+        [[2, 2, 4, 4, 4, 1, 1, 1, 1, 3, 3, 3, 3, 3, 0]],
+    ]
+
+
+def test_what_is_no_prompt_or_not_the_same_is_not_shared():
+    alike = PairRow(Row((1, 4, 5, 7, 2), 2), Row((1, 4, 5, 7, 3, 2), 2), 0.0, 0.0)
+    apart = PairRow(Row((1, 4, 5, 7, 2), 4), Row((1, 9, 5, 7, 2), 4), 0.0, 0.0)
+    none = PairRow(Row((1, 2), 0), Row((1, 2), 1), 0.0, 0.0)
+    assert [pair.shared for pair in (alike, apart, none)] == [1, 1, 0]
+
+
 # Pipelines.
 
 PAIRS = [
@@ -119,14 +152,24 @@ def packing(lengths, seed, **changes):
     return Packing(lengths=np.asarray(lengths), seed=seed, **usual | changes)
 
 
+def with_one_prompt(length, pair):
+    """Both answers of the pair after a prompt of so many tokens."""
+    prompt = tuple(range(1, length + 1))
+    chosen, rejected = (Row(prompt + row.ids, length) for row in (pair.chosen, pair.rejected))
+    return PairRow(chosen, rejected, pair.ref_chosen, pair.ref_rejected)
+
+
+LONG_PROMPTS = [with_one_prompt(9, pair) for pair in PAIRS]
+
+
 def all_packed_pairs(seed, pairs=PAIRS, steps=20):
     how = packing([[pair.chosen.length, pair.rejected.length] for pair in pairs], seed)
-    return packed_pairs(pairs, how.smallest_shape(steps), how, steps)
+    return packed_pairs(pairs, how, steps)
 
 
 def all_packed(seed, rows, steps=20):
     how = packing([[row.length] for row in rows], seed)
-    return packed_batches(rows, how.smallest_shape(steps), how, steps)
+    return packed_batches(rows, how, steps)
 
 
 PIPELINES = {
@@ -135,6 +178,7 @@ PIPELINES = {
     "padded pairs": lambda seed: padded_pairs(PAIRS, 8, 3, seed),
     "packed": lambda seed: all_packed(seed, documents(13, 8)),
     "packed pairs": all_packed_pairs,
+    "folded pairs": lambda seed: all_packed_pairs(seed, LONG_PROMPTS),
 }
 
 
@@ -188,24 +232,49 @@ def answers(rows):
     return {number: rows.targets_BT[rows.segments_BT == number].tolist() for number in numbers}
 
 
-def test_the_two_answers_of_a_pair_and_their_reference_stay_together():
-    by_chosen = {pair.chosen.ids[1:]: pair for pair in PAIRS}
+def whole_answers(rows):
+    """As `answers`, of rows that may be folded: each answer with its prompt."""
+    if rows.folding is None:
+        return answers(rows)
+    segments, tokens = rows.folding.segments_BU, rows.tokens_BT
+    targets = np.take_along_axis(rows.targets_BT, rows.folding.source_BU, axis=1)
+    opening = np.take_along_axis(tokens, rows.folding.source_BU, axis=1)
+    numbers = sorted(set(segments.reshape(-1).tolist()) - {0})
+    # What a shared token predicts is its document's next token, whichever answer brought it.
+    found = {}
+    for number in numbers:
+        own, last = opening[segments == number].tolist(), targets[segments == number].tolist()[-1]
+        found[number] = [*own[1:], last]
+    return found
+
+
+@pytest.mark.parametrize("pairs", [PAIRS, LONG_PROMPTS], ids=["short prompts", "long prompts"])
+def test_the_two_answers_of_a_pair_and_their_reference_stay_together(pairs):
+    by_chosen = {pair.chosen.ids[1:]: pair for pair in pairs}
 
     def check(chosen, rejected, *reference):
         pair = by_chosen[tuple(chosen)]
         assert tuple(rejected) == pair.rejected.ids[1:]
         assert reference == (pair.ref_chosen, pair.ref_rejected)
 
-    for batch in itertools.islice(padded_pairs(PAIRS, 8, 3, seed=0), 5):
+    for batch in itertools.islice(padded_pairs(pairs, 20, 3, seed=0), 5):
         found = [row[row != 0].tolist() for row in batch.rows.targets_BT]
         for i in range(3):
             check(found[i], found[3 + i], batch.ref_chosen_P[i], batch.ref_rejected_P[i])
-    for batch in all_packed_pairs(0):
+    for batch in all_packed_pairs(0, pairs):
+        assert (batch.rows.folding is not None) == (pairs is LONG_PROMPTS)
         for part in (of_microbatch(batch, i, 2) for i in range(2)):
-            found = answers(part.rows)
+            found = whole_answers(part.rows)
             assert list(found) == [1, 2, 3, 4, 5, 6]
             for i in range(3):
                 check(found[1 + i], found[4 + i], part.ref_chosen_P[i], part.ref_rejected_P[i])
+
+
+def test_prompts_are_shared_where_that_saves_a_tenth_of_all_positions():
+    apart, shared = (next(iter(all_packed_pairs(0, pairs))).rows for pairs in (PAIRS, LONG_PROMPTS))
+    assert apart.folding is None
+    how = packing([[pair.chosen.length, pair.rejected.length] for pair in LONG_PROMPTS], 0)
+    assert of_microbatch(shared, 0, 2).tokens_BT.size <= 0.9 * math.prod(how.smallest_shape(20))
 
 
 def test_packed_batches_have_the_same_number_of_examples_and_no_example_twice_an_epoch():

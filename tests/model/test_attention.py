@@ -92,8 +92,8 @@ CASES = [
     ("triton", 4, 2, 128, 64, "packed"),
     ("triton", 2, 1, 100, 32, "packed"),
     ("blocked", 4, 2, 600, 8, "causal"),
-    ("blocked", 2, 1, 512, 8, "packed"),
-    ("blocked", 2, 1, 700, 8, "packed"),
+    ("blocked", 2, 1, 160, 8, "packed"),
+    ("blocked", 2, 1, 1030, 8, "packed"),
 ]
 
 
@@ -227,7 +227,8 @@ def test_devices_share_levels(tpu, monkeypatch, shape, rows):
         ("gpu", 1, 24, 128, "bfloat16", valid([9]), True, "plain"),
         ("tpu", 1, 4096, 128, "bfloat16", valid([9]), True, "decoding"),
         ("cpu", 2048, 2048, 128, "bfloat16", CAUSAL, True, "blocked"),
-        ("cpu", 1024, 1024, 128, "float32", packed(1, 1024), True, "plain"),
+        ("cpu", 1024, 1024, 128, "float32", packed(1, 1024), True, "blocked"),
+        ("cpu", 128, 128, 128, "float32", CAUSAL, True, "plain"),
         ("cpu", 64, 4096, 128, "float32", valid([9]), False, "plain"),
     ],
 )

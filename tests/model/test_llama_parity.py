@@ -7,7 +7,7 @@ import pytest
 
 from srlm_jax.model import ops
 from srlm_jax.model.config import RopeScaling
-from srlm_jax.model.llama import project
+from srlm_jax.model.llama import head_major, project
 
 pytestmark = pytest.mark.parity
 
@@ -102,9 +102,10 @@ def test_attention(pair, torch):
     c, w, x = ours.config, ours.blocks, hidden()
     positions = np.arange(7)[None].repeat(2, axis=0)
     angles = ops.rope_angles(jnp.asarray(positions), c.H, c.rope_theta, c.rope_scaling)
-    q, k = (ops.rotate(project(jnp.asarray(x), weight[0]), *angles) for weight in (w.q, w.k))
+    q, k, v = (head_major(project(jnp.asarray(x), weight[0]), c.H) for weight in (w.q, w.k, w.v))
+    q, k = (ops.rotate(heads, *angles) for heads in (q, k))
     causal = jnp.tril(jnp.ones((7, 7), bool))
-    out, _ = ops.attend(q, k, project(jnp.asarray(x), w.v[0]), causal[None, None])
+    out, _ = ops.attend(q, k, v, causal[None, None])
     found = jnp.einsum("bnth,nhd->btd", out, w.o[0])
 
     x = torch.tensor(x)

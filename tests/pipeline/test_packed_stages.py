@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
+from srlm_jax.data import batches
+from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.model import llama
-from srlm_jax.parallel import rules
+from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline import training
 from srlm_jax.pipeline.ledger import Outcome
 from srlm_jax.pipeline.run import make_run
@@ -17,6 +19,7 @@ from srlm_jax.pipeline.settings import read
 from srlm_jax.records import Example, PreferencePair, ReferencePair
 from srlm_jax.storage import jsonl
 
+spread = hosts.spread
 FRUIT = ("plum", "fig", "kiwi", "pear")
 
 
@@ -77,8 +80,17 @@ def test_a_round_whose_answers_have_rows_of_their_own_starts_at_log_2(padded):
 
 
 @pytest.mark.parametrize("shard", [256, 10], ids=["one shard", "shards"])
-def test_packing_changes_neither_the_reference_nor_where_a_round_starts(padded, tmp_path, shard):
+@pytest.mark.parametrize("worth", [2.0, 0.0], ids=["prompts shared", "prompts apart"])
+def test_packing_changes_neither_the_reference_nor_where_a_round_starts(padded, tmp_path, monkeypatch, shard, worth):
+    made = []
+    monkeypatch.setattr(batches, "_WORTH", worth)
+    monkeypatch.setattr(hosts, "spread", lambda batch, place: made.append(batch) or spread(batch, place))
     found, first = referenced(open_run(tmp_path, packed=True, shard_prompts=shard, reference_batch=8), 37)
+    of_training, of_reference = (
+        [batch for batch in made if isinstance(batch, kind)] for kind in (PairBatch, TokenBatch)
+    )
+    assert {batch.folding is not None for batch in of_reference} == {worth > 0}
+    assert {batch.rows.folding is not None for batch in of_training} == {worth > 0}
     assert [pair.id for pair in found] == [pair.id for pair in padded[0]]
     for field in ("chosen_logprob", "rejected_logprob"):
         one, other = ([getattr(pair, field) for pair in all_pairs] for all_pairs in (found, padded[0]))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax.data.batches import PairBatch, Row, packed_batch, token_batch
+from srlm_jax.data.batches import PairBatch, PairRow, Row, folded_batch, packed_batch, token_batch
 from srlm_jax.data.packing import Shape
 from srlm_jax.train.objectives import DpoObjective, SftObjective, response_logprobs
 
@@ -18,6 +18,7 @@ DPO = DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=4)
 
 CHOSEN = [Row((1, 5, 6, 7, 2), 3), Row((1, 9, 8, 2), 2)]
 REJECTED = [Row((1, 5, 6, 3, 3, 3, 2), 3), Row((1, 9, 2), 2)]
+TWO = [PairRow(chosen, rejected, 0.0, 0.0) for chosen, rejected in zip(CHOSEN, REJECTED, strict=True)]
 
 
 def batch(rows):
@@ -28,6 +29,7 @@ def batch(rows):
 LAYOUTS = {
     "rows of their own": batch(CHOSEN + REJECTED),
     "packed": jax.tree.map(jnp.asarray, packed_batch(CHOSEN + REJECTED, [[3, 2], [0, 1]], Shape(3, 10))),
+    "prompts shared": jax.tree.map(jnp.asarray, folded_batch(TWO, [[1, 0]], Shape(2, 14), 18)),
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 

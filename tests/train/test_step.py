@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from step_inputs import BATCHES, DPO, OPTIMIZER, PAIRS, SFT, packed
+from step_inputs import BATCHES, DPO, OPTIMIZER, PAIRS, SFT, folded, packed
 
 from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.parallel import rules
@@ -90,9 +90,14 @@ def on_one_device(divisible_llama):
     return losses_and_gradients(divisible_llama, BATCHES[SFT], BATCHES[DPO])
 
 
+@pytest.fixture(scope="module", params=[packed, folded], ids=["packed", "folded"])
+def packing(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def packed_on_one_device(divisible_llama):
-    return losses_and_gradients(divisible_llama, BATCHES[SFT], packed(PAIRS))
+def packed_on_one_device(divisible_llama, packing):
+    return losses_and_gradients(divisible_llama, BATCHES[SFT], packing(PAIRS))
 
 
 def shapes(devices):
@@ -122,11 +127,11 @@ def test_packed_pairs_have_the_losses_gradients_and_log_probabilities_of_rows_of
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
-def test_rows_of_packed_pairs_may_lie_on_any_device(divisible_llama, packed_on_one_device, shape):
-    """The answers of most pairs are then on devices apart."""
+def test_rows_of_packed_pairs_may_lie_on_any_device(divisible_llama, packed_on_one_device, packing, shape):
+    """The answers of most pairs are then on devices apart, but for those that share their prompt."""
     mesh = train_mesh(MeshShape(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     model = jax.device_put(divisible_llama, rules.model_shardings(mesh, rules.TRAIN, divisible_llama))
-    sft, dpo = jax.device_put((BATCHES[SFT], packed(PAIRS)), rules.sharding(mesh, rules.TRAIN, ("batch",)))
+    sft, dpo = jax.device_put((BATCHES[SFT], packing(PAIRS)), rules.sharding(mesh, rules.TRAIN, ("batch",)))
     with jax.set_mesh(mesh):
         assert_same(losses_and_gradients(model, sft, dpo), packed_on_one_device)
 
