@@ -45,7 +45,7 @@ def _chunked(
 
 
 def _chunked_forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
-    order_BT, turns = _wanted_first(mask_BT, chunk)
+    order_BT, place_BT, turns = _wanted_first(mask_BT, chunk)
     hidden_SBCD, targets_SBC = (_cut(_taken(x, order_BT), chunk) for x in (hidden_BTD, targets_BT))
 
     def one(turn, found):
@@ -56,13 +56,13 @@ def _chunked_forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
 
     nothing = jnp.zeros(targets_SBC.shape, jnp.float32)
     logprobs_SBC, lse_SBC = jax.lax.fori_loop(0, turns, one, (nothing, nothing))
-    logprobs_BT = jnp.where(mask_BT == 0, 0, _put_back(logprobs_SBC, order_BT))
+    logprobs_BT = jnp.where(mask_BT == 0, 0, _put_back(logprobs_SBC, place_BT))
     return logprobs_BT, (hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC)
 
 
 def _chunked_backward(chunk, kept, gradient_BT):
     hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC = kept
-    order_BT, turns = _wanted_first(mask_BT, chunk)
+    order_BT, place_BT, turns = _wanted_first(mask_BT, chunk)
     gradient_BT = jnp.where(mask_BT == 0, 0, gradient_BT)
     hidden_SBCD, targets_SBC, gradient_SBC = (
         _cut(_taken(x, order_BT), chunk) for x in (hidden_BTD, targets_BT, gradient_BT)
@@ -82,17 +82,21 @@ def _chunked_backward(chunk, kept, gradient_BT):
 
     nothing = jnp.zeros_like(hidden_SBCD), jnp.zeros(head_DV.shape, jnp.float32)
     hidden_gradient_SBCD, head_gradient_DV = jax.lax.fori_loop(0, turns, one, nothing)
-    return _put_back(hidden_gradient_SBCD, order_BT), head_gradient_DV.astype(head_DV.dtype), None, None
+    return _put_back(hidden_gradient_SBCD, place_BT), head_gradient_DV.astype(head_DV.dtype), None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _wanted_first(mask_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Each row's positions, those that are wanted first, and how many chunks hold all of these."""
-    unwanted_BT = mask_BT == 0
-    most = jnp.max(jnp.sum(~unwanted_BT, axis=1))
-    return jnp.argsort(unwanted_BT, axis=1, stable=True), (most + chunk - 1) // chunk
+def _wanted_first(mask_BT: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each row's positions, those that are wanted first; the place that each of them has there; and how many chunks
+    hold all that are wanted."""
+    wanted_BT = mask_BT != 0
+    count_B1 = jnp.sum(wanted_BT, axis=1, keepdims=True)
+    others_BT = count_B1 + jnp.cumsum(~wanted_BT, axis=1)
+    place_BT = jnp.where(wanted_BT, jnp.cumsum(wanted_BT, axis=1), others_BT) - 1
+    order_BT = jax.vmap(lambda place_T: jnp.zeros_like(place_T).at[place_T].set(jnp.arange(len(place_T))))(place_BT)
+    return order_BT, place_BT, (jnp.max(count_B1) + chunk - 1) // chunk
 
 
 def _taken(x_BT: jax.Array, order_BT: jax.Array) -> jax.Array:
@@ -108,12 +112,10 @@ def _cut(x: jax.Array, chunk: int) -> jax.Array:
     return x.reshape(B, chunks, chunk, *rest).swapaxes(0, 1)
 
 
-def _put_back(pieces: jax.Array, order_BT: jax.Array) -> jax.Array:
+def _put_back(pieces: jax.Array, place_BT: jax.Array) -> jax.Array:
     """The way back of `_cut(_taken(...))`."""
     chunks, B, chunk, *rest = pieces.shape
-    ordered = pieces.swapaxes(0, 1).reshape(B, chunks * chunk, *rest)
-    # Gathered by the inverse order: a scatter would be slower, and on GPUs in an order of its own.
-    return _taken(ordered, jnp.argsort(order_BT, axis=1))
+    return _taken(pieces.swapaxes(0, 1).reshape(B, chunks * chunk, *rest), place_BT)
 
 
 def sequence_logprobs(

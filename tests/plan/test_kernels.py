@@ -4,9 +4,12 @@ import dataclasses
 import importlib.util
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import base
+from srlm_jax.model.folding import Folding
 from srlm_jax.pipeline.settings import read
 from srlm_jax.plan import chips, hlo, programs
 
@@ -54,6 +57,20 @@ def test_a_tpu_computes_attention_in_its_kernel_and_holds_no_scores(monkeypatch,
     text = compiled_text(monkeypatch, name)
     assert "tpu_custom_call" in text
     assert set(re.findall(r"splash_mha_[a-z_]+residuals", text)) == KERNELS[name]
+    assert score_arrays(text) == []
+
+
+def test_a_tpu_keeps_its_kernel_where_two_answers_share_their_prompt(monkeypatch):
+    token_batch = programs._token_batch
+
+    def folded(shape, place, *, packed):
+        array = lambda length: jax.ShapeDtypeStruct((shape.rows, length), jnp.int32, sharding=place)
+        wide, narrow = array(shape.length + 128), array(shape.length)
+        return token_batch(shape, place, packed=packed)._replace(folding=Folding(wide, narrow, narrow, wide))
+
+    monkeypatch.setattr(programs, "_token_batch", folded)
+    text = compiled_text(monkeypatch, "DPO step")
+    assert set(re.findall(r"splash_mha_[a-z_]+residuals", text)) == KERNELS["DPO step"]
     assert score_arrays(text) == []
 
 
