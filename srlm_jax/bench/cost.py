@@ -108,9 +108,7 @@ class Documents:
     """What is trained on: the tokens that it is counted in, and what of them has to be computed."""
 
     tokens: int  # positions of all documents
-    spans: tuple[
-        tuple[int, int], ...
-    ]  # tokens in a row that are read once: how many they have before them, and how many
+    spans: tuple[tuple[int, int], ...]  # tokens that are read once: how many there are before them, and how many
     predicted: int  # tokens whose log-probabilities are wanted
 
 

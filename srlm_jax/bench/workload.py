@@ -64,10 +64,10 @@ class Workload:
 # lengths are the paper's too; on a CPU answers and judgements are shorter, so that a measurement takes minutes.
 CPU = Workload(
     prompts=16, samples=4, votes=3, instruction=64, response_mean=64, judgement_mean=32, before=272, behind=97,
-    rows=32, steps=8, batch=16, updates=1, seed=0,
+    rows=32, steps=8, batch=4, updates=2, seed=0,
 )  # fmt: skip
 ACCELERATOR = dataclasses.replace(
-    CPU, prompts=32, instruction=80, response_mean=400, judgement_mean=150, rows=64, steps=16, updates=4
+    CPU, prompts=32, instruction=80, response_mean=400, judgement_mean=150, rows=64, steps=16, batch=16, updates=4
 )
 
 

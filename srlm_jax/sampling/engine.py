@@ -296,13 +296,12 @@ def _look(
     order = np.argsort(sample, kind="stable")
     numbers, starts = np.unique(sample[order], return_index=True)
     finished, done = 0, []
-    for number, some, last in zip(
-        numbers, np.split(tokens[order], starts[1:]), np.split(ended[order], starts[1:]), strict=True
-    ):
+    for number, start, end in zip(numbers, starts, [*starts[1:], len(order)][: len(starts)], strict=True):
+        own_sample = order[start:end]
         slot, within = divmod(int(number), per_group)
         one = held[slot]
-        one.tokens[within].extend(some.tolist())
-        if last[-1]:
+        one.tokens[within].extend(tokens[own_sample].tolist())
+        if ended[own_sample[-1]]:
             finished += 1
             one.unfinished.remove(within)
             if not one.unfinished:
