@@ -6,6 +6,7 @@ The engine speaks token ids: lists of ints in, lists of ints out.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -296,7 +297,7 @@ def _look(
     order = np.argsort(sample, kind="stable")
     numbers, starts = np.unique(sample[order], return_index=True)
     finished, done = 0, []
-    for number, start, end in zip(numbers, starts, [*starts[1:], len(order)][: len(starts)], strict=True):
+    for number, (start, end) in zip(numbers, itertools.pairwise([*starts, len(order)]), strict=True):
         own_sample = order[start:end]
         slot, within = divmod(int(number), per_group)
         one = held[slot]

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -281,6 +282,16 @@ def test_rows_are_hardly_ever_idle(make_llama, one_device, rows, lengths):
     )  # fmt: skip
     assert [[[len(new.ids) for new in one] for one in some] for some in found] == limits.astype(int).tolist()
     assert work.sampled_tokens >= 0.95 * work.row_steps
+
+
+def test_a_look_in_which_no_row_wrote_anything_is_no_error():
+    """As where all samples end at their first token, and rows wait for prompts that are still being read."""
+    nothing = np.full((4, 2), -1)
+    decoded = SimpleNamespace(tokens_BN=nothing, sample_BN=nothing, ended_BN=nothing < -1)
+    room, told = SimpleNamespace(rows=4, data=2, prompts=1, samples=1, held_samples=8), []
+    report = lambda finished, sampled: told.append((finished, sampled))
+    assert list(engine._look(decoded, {}, [], GREEDY, room, report, Work())) == []
+    assert told == [(0, 0)]
 
 
 def test_limits_end_samples_and_change_no_token_before(run, drawn):
