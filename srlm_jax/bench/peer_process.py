@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,10 @@ class Peer:
             line = ""
         if not line:
             code = self._child.wait()
+            if code == -signal.SIGKILL:
+                raise ValueError(
+                    f"{self.name} was killed, as where memory runs out: ask for less at once (--batch, --dtype)"
+                )
             self._complaints.seek(0)
             said = _last_line(self._complaints.read().decode(errors="replace"))
             raise ValueError(f"{self.name} ended ({said or f'exit {code}'})")

@@ -24,6 +24,7 @@ from srlm_jax.records import (
     PreferencePair,
     ReferencePair,
 )
+from srlm_jax.sampling import engine
 from srlm_jax.storage import checkpoint, jsonl
 from srlm_jax.text import chat
 from srlm_jax.train.loop import TrainConfig, train
@@ -203,9 +204,10 @@ def _reference_batches(
     if not batches.worth_folding(pairs):
         return packed, 2 * s.shard_prompts
     lengths = lambda shard: [pair.folded_length for pair in shard]
-    shape = Shape(size, longest(lengths(pairs)))
+    # In buckets, so that the next round's pairs find the program compiled.
+    shape = Shape(size, longest([engine.bucket(max(lengths(pairs)))]))
     rows = [[shard[i] for i in group] for shard in shards for group in pack(lengths(shard), shape.length)]
-    unfolded = batches.unfolded_length(rows, s.length_multiple)
+    unfolded = longest([engine.bucket(batches.unfolded_length(rows, s.length_multiple))])
 
     def folded(shard: Sequence[PairRow]) -> Iterator[TokenBatch]:
         groups = pack(lengths(shard), shape.length)

@@ -228,6 +228,10 @@ def test_a_peer_answers_line_by_line_and_where_it_ends_says_why(monkeypatch, tmp
     silent = pytest.raises(ValueError, match=r"^parrot ended \(ModuleNotFoundError: No module named 'polly")
     with silent, peer_process.started("parrot", Path(sys.executable), {}):
         pass
+    (tmp_path / "parrot.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    killed = pytest.raises(ValueError, match=r"^parrot was killed, as where memory runs out: ask for less at once")
+    with killed, peer_process.started("parrot", Path(sys.executable), {}):
+        pass
 
 
 def test_an_interpreter_that_is_not_there_is_named():
