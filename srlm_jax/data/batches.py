@@ -244,6 +244,7 @@ def folded_batch(pairs: Sequence[PairRow], groups: Sequence[Sequence[int]], shap
         for index in group:
             prompt, start = np.arange(end, end + pairs[index].shared), 0
             for number, document in enumerate((pairs[index].chosen, pairs[index].rejected)):
+                segment = 1 + number * len(pairs) + index
                 # The second answer starts behind the prompt, whose tokens the first one brought.
                 own = np.arange(end, end := end + document.length - start)
                 source = own if number == 0 else np.concatenate([prompt, own])
@@ -252,9 +253,9 @@ def folded_batch(pairs: Sequence[PairRow], groups: Sequence[Sequence[int]], shap
                 batch.tokens_BT[row, own], batch.targets_BT[row, own] = columns["tokens"], columns["targets"]
                 batch.mask_BT[row, own] = columns["mask"]
                 batch.positions_BT[row, own] = np.arange(start, document.length)
-                batch.segments_BT[row, own] = 1 + number * len(pairs) + index
+                batch.segments_BT[row, own] = segment
                 folding.source_BU[row, there] = source
-                folding.segments_BU[row, there] = 1 + number * len(pairs) + index
+                folding.segments_BU[row, there] = segment
                 folding.first_BT[row, own] = there[start:]
                 if number == 1:
                     folding.second_BT[row, prompt] = there[:start]

@@ -57,12 +57,11 @@ def _chunked_forward(hidden_BTD, head_DV, targets_BT, mask_BT, chunk):
     nothing = jnp.zeros(targets_SBC.shape, jnp.float32)
     logprobs_SBC, lse_SBC = jax.lax.fori_loop(0, turns, one, (nothing, nothing))
     logprobs_BT = jnp.where(mask_BT == 0, 0, _put_back(logprobs_SBC, place_BT))
-    return logprobs_BT, (hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC)
+    return logprobs_BT, (hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC, order_BT, place_BT, turns)
 
 
 def _chunked_backward(chunk, kept, gradient_BT):
-    hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC = kept
-    order_BT, place_BT, turns = _wanted_first(mask_BT, chunk)
+    hidden_BTD, head_DV, targets_BT, mask_BT, lse_SBC, order_BT, place_BT, turns = kept
     gradient_BT = jnp.where(mask_BT == 0, 0, gradient_BT)
     hidden_SBCD, targets_SBC, gradient_SBC = (
         _cut(_taken(x, order_BT), chunk) for x in (hidden_BTD, targets_BT, gradient_BT)
