@@ -32,6 +32,7 @@ _VS = flags.DEFINE_enum("vs", _ALONE, [_ALONE, "transformers", "trl", "tunix"], 
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "The peer's interpreter; if not given, .peers/NAME/bin/python.")
 _REPEAT = flags.DEFINE_integer("repeat", None, "How often to measure each; if not given, 5 for load, else 3.", 1)
 _UNSHARED = flags.DEFINE_bool("unshared", False, "judge: measure this package without sharing too.")
+_SAVING = flags.DEFINE_bool("saving", False, "sft, dpo: measure this package while it writes a train state too.")
 _GROWTH = flags.DEFINE_list("growth", [], "1,2,4,10: the same with so many times the work, and what a unit costs.")
 _MAKE = flags.DEFINE_list("make", [], "peers: which environments to make.")
 _BASE_PYTHON = flags.DEFINE_string("base_python", sys.executable, "peers: the interpreter to make them with.")
@@ -150,6 +151,7 @@ def _setting(command: str, peer: str | None) -> Setting:
         peer=peer,
         peer_python=_PEER_PYTHON.value,
         unshared=_UNSHARED.value and command == "judge",
+        saving=_SAVING.value and command in ("sft", "dpo"),
     )
 
 

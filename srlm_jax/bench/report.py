@@ -81,6 +81,11 @@ def table(found: Mapping[str, object]) -> str:
                 f"{label}: {read:,.0f} tokens read, {padding:,.0f} of padding, where single rows have {whole:,.0f}; "
                 f"{side['sampled_tokens'] / side['row_steps']:.0%} of rows in use"
             )
+        if "save_seconds" in side:
+            lines.append(
+                f"{label}: held for {side['save_held_seconds']:.2f} s until the writing begins; updates and train "
+                f"state are done after {side['save_seconds']:.2f} s"
+            )
     if found["device_peak_bytes"] is not None:
         lines.append(f"memory of the device, at most so far: {found['device_peak_bytes'] / 1e9:,.1f} GB")
     for part, ratio in found["ratio"].items():

@@ -35,6 +35,7 @@ class Setting:
     peer: str | None
     peer_python: str | None
     unshared: bool  # judge: measure our own mode without sharing too
+    saving: bool  # sft, dpo: measure our own training while a train state is written too
 
     def of(self, dtype: str) -> LlamaConfig:
         return dataclasses.replace(self.config, param_dtype=dtype, compute_dtype=dtype)

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import grain
 import jax
 import numpy as np
 
@@ -19,6 +21,7 @@ from srlm_jax.bench.workload import Pair, documents, pairs
 from srlm_jax.data.batches import PairRow, Row
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
+from srlm_jax.storage.checkpoint import TrainCheckpoints, TrainState
 from srlm_jax.train.objectives import DpoObjective, SftObjective
 from srlm_jax.train.optimizer import OptimizerConfig
 from srlm_jax.train.step import init_optimizer, make_train_step
@@ -58,6 +61,20 @@ class Training:
                     self.model, self._moments, None, spread, jax.random.key(0)
                 )
         jax.block_until_ready((self.model, metrics))
+
+    @contextlib.contextmanager
+    def saving(self, found: dict[str, float]) -> Iterator[None]:
+        """A train state is being written while this is open. Puts into `found` how long the training was held to
+        begin with, and after how long both it and the writing were done."""
+        no_data = iter(grain.MapDataset.range(1).to_iter_dataset())
+        with tempfile.TemporaryDirectory(prefix="srlm_jax-bench-") as folder:
+            start = time.perf_counter()
+            with TrainCheckpoints(folder) as checkpoints:
+                opened = time.perf_counter()
+                checkpoints.save(1, TrainState(self.model, self._moments), no_data)
+                found["save_held_seconds"] = time.perf_counter() - opened
+                yield
+            found["save_seconds"] = time.perf_counter() - start
 
 
 def sft_objective() -> SftObjective:
@@ -129,11 +146,15 @@ def _sides(
     for dtype in setting.dtypes:
         model = random_model(setting.of(dtype), setting.made_in)
         if setting.command == "sft":
-            run = functools.partial(_run_sft, Training(model, sft_objective()), work, w.batch)
+            training = Training(model, sft_objective())
+            run = functools.partial(_run_sft, training, work, w.batch)
         else:
-            run = functools.partial(_run_dpo, Training(model, dpo_objective()), work, w.batch)
+            training = Training(model, dpo_objective())
+            run = functools.partial(_run_dpo, training, work, w.batch)
         del model  # the training donates it
         found.append(Side(name=OURS, dtype=dtype, run=run))
+        if setting.saving:
+            found.append(Side(name=f"{OURS}, while saving", dtype=dtype, run=functools.partial(_run_saving, training, run)))
         if setting.peer is not None:
             for method in methods:
                 told = job(setting, folder, dtype) | sent | {"method": method}
@@ -169,6 +190,14 @@ def _run_dpo(training: Training, work: Sequence[Pair], batch: int) -> dict[str, 
         "train_seconds": end - between,
         "peak_bytes": sides.peak_memory(),
     }
+
+
+def _run_saving(training: Training, run: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    with training.saving(found):
+        done = run()
+    # The updates and what they waited for before the first of them.
+    return found | done | {"seconds": done["seconds"] + found["save_held_seconds"]}
 
 
 def _ask(peer: Peer) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a compiled program's text says of the traffic between chips.
+"""What a compiled program's text says of the traffic between chips and of the operations of its matrix products.
 
 The text is XLA's own (HLO). A loop's body is written once, so what stands in it is multiplied by how often it runs.
 """
@@ -58,42 +58,110 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """One line of a program that is run: the name of its result, the result's type, and what stands around it."""
+
+    name: str
+    shape: str
+    opcode: str
+    line: str
+    computation: str
+    loop: str  # the body of the innermost loop around it
+    runs: int
+
+
 def collectives(text: str, *, unknown_trips: int) -> list[Collective]:
     """All exchanges of a compiled program. A loop whose end depends on data is taken to run `unknown_trips` times."""
     lines, entry = computations(text)
-    seen: set[tuple[str, str, str]] = set()
-    return list(_walk(lines, entry, 1, "", unknown_trips, seen))
+    found: dict[tuple[str, str, str], Collective] = {}
+    for one in _walk(lines, entry, 1, "", unknown_trips):
+        kind = one.opcode.removesuffix("-start")
+        if kind in KINDS:
+            # One exchange that is spread over several fused operations is written in each of them.
+            channel = re.search(r"channel_id=(\d+)", one.line)
+            key = (one.loop, kind, channel[1] if channel else one.name)
+            if key not in found:
+                found[key] = _collective(kind, one.shape, one.line, one.runs)
+    return list(found.values())
+
+
+def product_flops(text: str, *, unknown_trips: int) -> float:
+    """Operations of all matrix products of a compiled program on one chip, two for each multiplication; what a kernel
+    computes is not among them. A loop whose end depends on data is taken to run `unknown_trips` times."""
+    lines, entry = computations(text)
+    sizes = {name: _sizes(inside) for name, inside in lines.items()}
+    counts = {"dot": _dot_flops, "convolution": _convolution_flops}
+    return float(
+        sum(
+            one.runs * counts[one.opcode](one, sizes[one.computation])
+            for one in _walk(lines, entry, 1, "", unknown_trips)
+            if one.opcode in counts
+        )
+    )
 
 
 def _walk(
-    lines: Mapping[str, list[str]],
-    name: str,
-    runs: int,
-    loop: str,
-    unknown_trips: int,
-    seen: set[tuple[str, str, str]],
-) -> Iterator[Collective]:
+    lines: Mapping[str, list[str]], name: str, runs: int, loop: str, unknown_trips: int
+) -> Iterator[_Instruction]:
+    """Every instruction that is run, with what is called before what calls it."""
     for line in lines.get(name, ()):
         if (match := _OPCODE.match(line)) is None:
             continue
-        shape, opcode = match[2], match[3]
-        kind = opcode.removesuffix("-start")
-        if kind in KINDS:
-            # One exchange that is spread over several fused operations is written in each of them.
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = (loop, kind, channel[1] if channel else match[1])
-            if key not in seen:
-                seen.add(key)
-                yield _collective(kind, shape, line, runs)
-        elif opcode == "while":
+        if match[3] == "while":
             body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
             known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
             trips = int(known[1]) if known else _trips(lines.get(condition, ()), unknown_trips)
-            yield from _walk(lines, body, runs * trips, body, unknown_trips, seen)
+            yield from _walk(lines, body, runs * trips, body, unknown_trips)
         else:
             for group in _CALLED.findall(line):
                 for called in group.split(","):
-                    yield from _walk(lines, called.strip().lstrip("%"), runs, loop, unknown_trips, seen)
+                    yield from _walk(lines, called.strip().lstrip("%"), runs, loop, unknown_trips)
+        yield _Instruction(match[1], match[2], match[3], line, name, loop, runs)
+
+
+def _sizes(lines: list[str]) -> dict[str, list[int]]:
+    """The sizes of each result in a computation that is an array."""
+    found = {}
+    for line in lines:
+        match = _OPCODE.match(line)
+        if match is not None and (array := re.match(r"[a-z]+\d*[a-z\d]*\[([\d,]*)\]", match[2])) is not None:
+            found[match[1]] = [int(size) for size in array[1].split(",") if size]
+    return found
+
+
+def _operands(one: _Instruction, sizes: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
+    """The sizes of both sides of a product."""
+    given = re.search(rf" {one.opcode}\((.*?)\)(?:,|$)", one.line)[1]
+    left, right = (sizes[name] for name in re.findall(r"%([\w.\-]+)", given))
+    return left, right
+
+
+def _dot_flops(one: _Instruction, sizes: Mapping[str, list[int]]) -> int:
+    left, _ = _operands(one, sizes)
+    summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.line)[1]
+    return 2 * math.prod(sizes[one.name]) * math.prod(left[int(axis)] for axis in summed.split(",") if axis)
+
+
+def _convolution_flops(one: _Instruction, sizes: Mapping[str, list[int]]) -> int:
+    """A TPU's compiler writes every product as a convolution, and axes beyond the two of a matrix as places of a window
+    that moves over padding; what is multiplied with padding counts for nothing."""
+    left, right = _operands(one, sizes)
+    result = sizes[one.name]
+    of_left, of_right, of_result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.line).groups()
+    flops = 2 * result[of_result.index("b")] * result[of_result.index("f")] * right[of_right.index("i")]
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{(.*?)\}", one.line) or [""] * 2)[1]))
+    for axis in range(len(of_result) - 2):
+        part = {key: value.split("x")[axis] for key, value in window.items()}
+        stride, wide, apart = (int(part.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        before = int(part.get("pad", "0_0").split("_")[0])
+        places = (left[of_left.index(str(axis))] - 1) * wide + 1
+        flops *= sum(
+            0 <= (place := at * stride + tap * apart - before) < places and place % wide == 0
+            for at in range(result[of_result.index(str(axis))])
+            for tap in range(int(part.get("size", 1)))
+        )
+    return flops
 
 
 def _trips(condition: list[str], unknown: int) -> int:

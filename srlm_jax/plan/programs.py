@@ -63,6 +63,7 @@ class Compiled:
     temporaries: int
     aliased: int  # of the output, what takes an argument's place
     collectives: list[hlo.Collective] | None  # None: the compiler cannot write its program down
+    product_flops: float | None  # of all matrix products outside kernels; None as above
     wall_s: float
     cpu_s: float
     host_bytes: int  # the most memory that this process has had so far
@@ -211,12 +212,14 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
         for name, size in train_shapes(s, train_split(shape).rows).items()
     }
 
+    turns = -(-row_length(s) // s.logprob_chunk)  # of logits, where every position has a loss
+
     def step(name: str, objective: Objective, part, batch) -> Program:
         function, tx = make_train_step(objective, part.train.optimizer, part.train.steps, part.train.accumulate)
         state = rules.placed(train_mesh, rules.TRAIN, jax.eval_shape(tx.init, trainable))
         arguments = {"optimizer": state, "frozen weights": frozen, "batch": batch, "key": _key(train_mesh)}
         arguments = {"weights" if frozen is None else "adapters": trainable} | arguments
-        return Program(name, function, arguments, train_mesh, 1, cost[name])
+        return Program(name, function, arguments, train_mesh, turns, cost[name])
 
     sft = SftObjective(dropout=s.sft.dropout, logprob_chunk=s.logprob_chunk)
     dpo = DpoObjective(beta=s.dpo.beta, dropout=s.dpo.dropout, logprob_chunk=s.logprob_chunk)
@@ -229,7 +232,7 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
             lambda weights, batch: training.compiled_logprobs(weights, batch, documents, s.logprob_chunk, None),
             {"weights": to_train, "batch": batch["reference"]},
             train_mesh,
-            1,
+            turns,
             cost["reference"],
         ),
         step("DPO step", dpo, s.dpo, PairBatch(batch["DPO step"], sums, sums)),
@@ -314,15 +317,18 @@ def compile_program(program: Program) -> Compiled | TooLarge:
         return too_large(str(error))
     said = compiled.memory_analysis()
     try:
-        collectives = hlo.collectives(compiled.as_text(), unknown_trips=program.unknown_trips)
+        text = compiled.as_text()
+        collectives = hlo.collectives(text, unknown_trips=program.unknown_trips)
+        products = hlo.product_flops(text, unknown_trips=program.unknown_trips)
     except jax.errors.JaxRuntimeError:
-        collectives = None  # a libtpu newer than its jax writes some exchanges in a form unknown to it
+        collectives = products = None  # a libtpu newer than its jax writes some exchanges in a form unknown to it
     return Compiled(
         arguments=said.argument_size_in_bytes,
         output=said.output_size_in_bytes,
         temporaries=said.temp_size_in_bytes,
         aliased=said.alias_size_in_bytes,
         collectives=collectives,
+        product_flops=products,
         wall_s=time.perf_counter() - wall,
         cpu_s=time.process_time() - cpu,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -32,7 +32,7 @@ def setting(tiny_config):
     def make(command, **changes):
         chosen = Setting(
             command=command, shape="tiny", config=tiny_config, dtypes=("float32",), workload=SMALL, repeat=1,
-            peer=None, peer_python=None, unshared=False,
+            peer=None, peer_python=None, unshared=False, saving=False,
         )  # fmt: skip
         return dataclasses.replace(chosen, **changes)
 
@@ -72,6 +72,17 @@ def test_judging_shares_and_without_sharing_reads_more(setting):
     assert alone["prefilled_tokens"] == work["prompt_tokens"]
     assert shared["sampled_tokens"] == alone["sampled_tokens"] == work["new_tokens"]
     assert found["ratio"]["seconds"].keys() == {"ours, nothing shared"}
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_a_training_that_saves_does_the_same_updates(setting, command):
+    found = commands.measured(setting(command, saving=True), TOP)
+    alone, saving = found["summary"]
+    assert (alone["name"], saving["name"]) == ("ours", "ours, while saving")
+    assert 0 < saving["save_held_seconds"] <= saving["save_seconds"]
+    assert "save_seconds" not in alone
+    assert saving["parts"].keys() == alone["parts"].keys()
+    assert "s until the writing begins" in report.table(found)
 
 
 def test_both_types_are_measured_in_turn(setting):

@@ -1,4 +1,5 @@
-"""Traffic between chips, read from what the compiler wrote: programs for eight CPU devices, and lines of a TPU's."""
+"""Traffic between chips and operations, read from what the compiler wrote: programs for eight CPU devices, and lines
+of a TPU's."""
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,64 @@ def test_a_tpu_program():
     assert (permute.runs, permute.received) == (16 * 8, 32)
     assert (found["all-reduce"].group, found["all-reduce"].received) == (8, 2 * (24 + 8) * 7 / 8)
     assert (found["reduce-scatter"].group, found["reduce-scatter"].received) == (4, 16 * 3)
+
+
+def test_products_count_as_often_as_their_loop_runs(mesh):
+    """Three layers of 64 x 32 by 32 x 32 and a sum over 32 of them, with rows on four devices and columns on two."""
+
+    def layers(x, w):
+        y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+        return jnp.einsum("bte,bse->bts", y.reshape(4, 16, 32), x.reshape(4, 16, 32))
+
+    x = array(mesh, (64, 32), "rows", "whole")
+    text = compiled(layers, x, array(mesh, (3, 32, 32), "whole", "whole", "columns"))
+    all_of_them = 3 * 2 * 64 * 32 * 32 + 2 * 4 * 16 * 16 * 32
+    assert hlo.product_flops(text, unknown_trips=1) == all_of_them / 8
+
+
+# Products of a TPU's program: heads as places of a window over padding (4 of 128 numbers from 512 of 128 rows), a plain
+# matrix, and a batch of four, each in a loop of 8 that runs twice.
+PRODUCTS = """HloModule jit_step
+
+%fused.1 (p: bf16[128,512,1], q: bf16[4,512,128]) -> bf16[128,4,128] {
+  %p = bf16[128,512,1]{1,0,2} parameter(0)
+  %q = bf16[4,512,128]{2,1,0} parameter(1)
+  ROOT %c.1 = bf16[128,4,128]{2,0,1:T(8,128)(2,1)} convolution(%p, %q), window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_0io->b0f
+}
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %c.9 = s32[]{:T(128)} constant(8)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%i, %c.9), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = bf16[32,512]{1,0} get-tuple-element(%p), index=1
+  %b = bf16[512,256]{1,0} get-tuple-element(%p), index=2
+  %x.1 = bf16[128,4,128]{2,1,0} fusion(%d, %e), kind=kOutput, calls=%fused.1
+  %c.2 = f32[32,256]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+  %f = bf16[4,16,64]{2,1,0} get-tuple-element(%p), index=3
+  %g = bf16[4,64,32]{2,1,0} get-tuple-element(%p), index=4
+  %c.3 = bf16[4,16,32]{2,1,0} convolution(%f, %g), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+}
+
+%open (p: (s32[], f32[8])) -> pred[] {
+  ROOT %both = pred[] and(%lt.3, %any)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w.1 = (s32[], f32[8]) while(%t), condition=%open, body=%outer
+}
+
+%outer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %w.2 = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+}
+"""
+
+
+def test_what_is_multiplied_with_padding_is_no_operation():
+    heads, plain, batch = 2 * 128 * 512 * 4 * 128, 2 * 32 * 512 * 256, 2 * 4 * 16 * 64 * 32
+    assert hlo.product_flops(PRODUCTS, unknown_trips=2) == 2 * 8 * (heads + plain + batch)
 
 
 def test_sums_by_kind():
