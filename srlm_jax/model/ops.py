@@ -5,6 +5,7 @@ F MLP width, R rows of a cache level, C = B / R rows that share one of them.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -21,6 +22,9 @@ PRODUCT = "product"  # by which training knows the results of `linear`, to keep 
 
 # Stands for minus infinity where a row may have nothing to attend to: exp() of it is 0, and differences stay finite.
 MASKED = -1e30
+
+# Up to so many queries XLA's CPU backend scores faster one after the other: see `_scores`.
+FEW_QUERIES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ def attend(
     q = q_BNTH.reshape(R, C, K, G, T, H).swapaxes(1, 2).reshape(R, K, C * G * T, H)
     k, k_scale = _parts(k_RKSH, q.dtype)
     v, v_scale = _parts(v_RKSH, q.dtype)
-    scores = jnp.einsum("rkqh,rksh->rkqs", q * H**-0.5, k, preferred_element_type=jnp.float32)
+    scores = _scores(q * H**-0.5, k)
     scores = scores if k_scale is None else scores * k_scale
     scores = jnp.where(mask_RCTS[:, None, :, None], scores.reshape(R, K, C, G, T, S), MASKED)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -141,6 +145,15 @@ def attend(
     # Divided after the product: H numbers a query instead of S.
     out = (out.reshape(R, K, C, G, T, H) / total).swapaxes(1, 2).reshape(B, N, T, H)
     return out.astype(q_BNTH.dtype), lse.swapaxes(1, 2).reshape(B, N, T)
+
+
+def _scores(q_RKQH: Float[Array, "R K Q H"], k_RKSH: Float[Array, "R K S H"]) -> Float[Array, "R K Q S"]:
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if rules.platform() == "cpu" and 1 < q_RKQH.shape[2] <= FEW_QUERIES:
+        # For the product of several it lays the keys out anew, which takes longer than to read them once a query.
+        singles = [multiply("rkh,rksh->rks", q_RKQH[:, :, i], k_RKSH) for i in range(q_RKQH.shape[2])]
+        return jnp.stack(singles, axis=2)
+    return multiply("rkqh,rksh->rkqs", q_RKQH, k_RKSH)
 
 
 def _parts(slots: jax.Array | Slots, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
