@@ -5,9 +5,10 @@ The text is XLA's own (HLO). A loop's body is written once, so what stands in it
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -71,11 +72,15 @@ class _Instruction:
     runs: int
 
 
-def collectives(text: str, *, unknown_trips: int) -> list[Collective]:
-    """All exchanges of a compiled program. A loop whose end depends on data is taken to run `unknown_trips` times."""
+def collectives(text: str, *, unknown_trips: Sequence[int]) -> list[Collective]:
+    """All exchanges of a compiled program.
+
+    `unknown_trips` is how often loops run whose end depends on data, in the order in which the program comes to them;
+    the last number is that of all which follow.
+    """
     lines, entry = computations(text)
     found: dict[tuple[str, str, str], Collective] = {}
-    for one in _walk(lines, entry, 1, "", unknown_trips):
+    for one in _walk(lines, entry, 1, "", _unending(unknown_trips)):
         kind = one.opcode.removesuffix("-start")
         if kind in KINDS:
             # One exchange that is spread over several fused operations is written in each of them.
@@ -86,23 +91,27 @@ def collectives(text: str, *, unknown_trips: int) -> list[Collective]:
     return list(found.values())
 
 
-def product_flops(text: str, *, unknown_trips: int) -> float:
+def product_flops(text: str, *, unknown_trips: Sequence[int]) -> float:
     """Operations of all matrix products of a compiled program on one chip, two for each multiplication; what a kernel
-    computes is not among them. A loop whose end depends on data is taken to run `unknown_trips` times."""
+    computes is not among them. `unknown_trips` as for `collectives`."""
     lines, entry = computations(text)
     sizes = {name: _sizes(inside) for name, inside in lines.items()}
     counts = {"dot": _dot_flops, "convolution": _convolution_flops}
     return float(
         sum(
             one.runs * counts[one.opcode](one, sizes[one.computation])
-            for one in _walk(lines, entry, 1, "", unknown_trips)
+            for one in _walk(lines, entry, 1, "", _unending(unknown_trips))
             if one.opcode in counts
         )
     )
 
 
+def _unending(numbers: Sequence[int]) -> Iterator[int]:
+    return itertools.chain(numbers, itertools.repeat(numbers[-1]))
+
+
 def _walk(
-    lines: Mapping[str, list[str]], name: str, runs: int, loop: str, unknown_trips: int
+    lines: Mapping[str, list[str]], name: str, runs: int, loop: str, unknown_trips: Iterator[int]
 ) -> Iterator[_Instruction]:
     """Every instruction that is run, with what is called before what calls it."""
     for line in lines.get(name, ()):
@@ -111,7 +120,8 @@ def _walk(
         if match[3] == "while":
             body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
             known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-            trips = int(known[1]) if known else _trips(lines.get(condition, ()), unknown_trips)
+            trips = int(known[1]) if known else _trips(lines.get(condition, ()))
+            trips = next(unknown_trips) if trips is None else trips
             yield from _walk(lines, body, runs * trips, body, unknown_trips)
         else:
             for group in _CALLED.findall(line):
@@ -164,15 +174,15 @@ def _convolution_flops(one: _Instruction, sizes: Mapping[str, list[int]]) -> int
     return flops
 
 
-def _trips(condition: list[str], unknown: int) -> int:
-    """How often a loop runs whose condition is `counter < constant`; any other condition is not known."""
+def _trips(condition: list[str]) -> int | None:
+    """How often a loop runs whose condition is `counter < constant`; of any other it is not known."""
     root = next((line for line in condition if line.lstrip().startswith("ROOT")), "")
     if " compare(" not in root or "direction=LT" not in root:
-        return unknown
+        return None
     numbers = (re.match(r"\s*%?([\w.\-]+) = .*? constant\((\d+)\)", line) for line in condition)
     constants = {match[1]: int(match[2]) for match in numbers if match is not None}
     named = [name for name in constants if re.search(rf"%?{re.escape(name)}[,)]", root)]
-    return constants[named[0]] if len(named) == 1 else unknown
+    return constants[named[0]] if len(named) == 1 else None
 
 
 def _collective(kind: str, shape: str, line: str, runs: int) -> Collective:

@@ -50,7 +50,7 @@ class Program:
     function: Callable
     arguments: dict[str, object]  # by the name that a user knows them by, in the function's order
     mesh: jax.sharding.Mesh
-    unknown_trips: int  # how often a loop runs whose end depends on data
+    unknown_trips: tuple[int, ...]  # how often loops run whose end depends on data, at most: see hlo.collectives
     cost: Cost  # by formula
 
 
@@ -212,7 +212,7 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
         for name, size in train_shapes(s, train_split(shape).rows).items()
     }
 
-    turns = -(-row_length(s) // s.logprob_chunk)  # of logits, where every position has a loss
+    turns = (-(-row_length(s) // s.logprob_chunk),)  # of logits, where every position has a loss
 
     def step(name: str, objective: Objective, part, batch) -> Program:
         function, tx = make_train_step(objective, part.train.optimizer, part.train.steps, part.train.accumulate)
@@ -246,7 +246,7 @@ def _reshard(model: Llama, like: Llama, cost: Cost) -> Program:
     kept, places = (tuple(x.sharding for x in jax.tree.leaves(tree)) for tree in (model, like))
     dtypes = tuple(x.dtype for x in jax.tree.leaves(like))
     function = lambda weights: resharding.relaid(weights, kept, places, dtypes)
-    return Program("reshard", function, {"weights": model}, places[0].mesh, 1, cost)
+    return Program("reshard", function, {"weights": model}, places[0].mesh, (1,), cost)
 
 
 def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cost) -> list[Program]:
@@ -277,15 +277,16 @@ def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cos
     config = DecodeConfig(temperature=x.params.temperature, top_p=x.params.top_p, steps=s.engine.steps)
     names = [f"prefill, {stage}", f"decode, {stage}"]
     given = {"weights": model, "cache": state}
-    chunks = max(1, slots[1] // CHUNK)
+    # Rows all as long as may be go on together to their end, so that none is read with fewer beside it.
+    chunks = [slot // CHUNK for slot in slots[:2] if slot > CHUNK]
     return [
-        Program(names[0], dec.admit, given | {"admission": new, "key": _key(mesh)}, mesh, chunks, cost[names[0]]),
+        Program(names[0], dec.admit, given | {"admission": new, "key": _key(mesh)}, mesh, (*chunks, 0), cost[names[0]]),
         Program(
             names[1],
             jax.jit(lambda weights, state, stops: dec.decode(weights, state, stops, config), donate_argnums=1),
             given | {"stops": array(jnp.int32, 3, STOP_LENGTH)},
             mesh,
-            s.engine.steps,
+            (s.engine.steps,),
             cost[names[1]],
         ),
     ]

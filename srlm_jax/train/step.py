@@ -39,23 +39,24 @@ def make_train_step(objective: Objective, optimizer: OptimizerConfig, steps: int
         key: jax.Array,
     ):
         gradient = jax.grad(sums, has_aux=True)
+        narrow = _as_multiplied(trainable)
         if accumulate == 1:
-            grads, total = gradient(trainable, frozen, batch, key)
+            grads, total = gradient(narrow, frozen, batch, key)
         else:
             # Row i goes to microbatch i % accumulate, so that each device keeps the rows it has.
             cut = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
             def add(carry, scanned):
                 microbatch, index = scanned
-                found = gradient(trainable, frozen, microbatch, jax.random.fold_in(key, index))
+                found = gradient(narrow, frozen, microbatch, jax.random.fold_in(key, index))
                 return jax.tree.map(jnp.add, carry, found), None
 
             first = jax.tree.map(lambda x: x[0], cut)
-            shapes = jax.eval_shape(gradient, trainable, frozen, first, key)
+            shapes = jax.eval_shape(gradient, trainable, frozen, first, key)  # sums in the type of what is trained
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, total), _ = jax.lax.scan(add, zero, (cut, jnp.arange(accumulate)))
         count = jnp.maximum(total.count, 1)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g, x: g.astype(x.dtype) / count.astype(x.dtype), grads, trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         metrics = {"loss": total.loss / count, "gradient_norm": optax.tree.norm(grads)}
         metrics |= {name: value / count for name, value in total.metrics.items()}
@@ -64,6 +65,16 @@ def make_train_step(objective: Objective, optimizer: OptimizerConfig, steps: int
         return trainable, opt_state, metrics
 
     return train_step, tx
+
+
+def _as_multiplied(trainable: Llama | Adapters) -> Llama | Adapters:
+    """A model with its blocks' weights in the type that they are multiplied in. Their gradients are computed in it, and
+    so take no more memory than that until the optimizer reads them: the same numbers in half of it."""
+    if not isinstance(trainable, Llama):
+        return trainable
+    model = jax.tree.map(lambda x: x, trainable)
+    model.blocks = jax.tree.map(lambda x: x.astype(model.config.compute_dtype), trainable.blocks)
+    return model
 
 
 def init_optimizer(

@@ -37,7 +37,7 @@ def test_what_a_loop_does_counts_as_often_as_it_runs(mesh):
 
     x = array(mesh, (64, 32), "whole", "columns")
     text = compiled(layers, x, array(mesh, (3, 32, 32), "whole", "columns", "whole"))
-    found = [one for one in hlo.collectives(text, unknown_trips=1) if one.runs == 3]
+    found = [one for one in hlo.collectives(text, unknown_trips=(1,)) if one.runs == 3]
     assert found
     assert {one.group for one in found} == {2}
     whole = 64 * 32 * 4
@@ -48,13 +48,13 @@ def test_a_gather_brings_what_a_device_lacks(mesh):
     def gather(x):
         return jax.lax.with_sharding_constraint(x, rules.replicated(mesh))
 
-    (found,) = hlo.collectives(compiled(gather, array(mesh, (64, 32), "rows", "whole")), unknown_trips=1)
+    (found,) = hlo.collectives(compiled(gather, array(mesh, (64, 32), "rows", "whole")), unknown_trips=(1,))
     assert (found.kind, found.group, found.runs) == ("all-gather", 4, 1)
     assert found.received == 64 * 32 * 4 * 3 / 4
 
 
 def test_nothing_is_found_where_nothing_is_exchanged(mesh):
-    assert hlo.collectives(compiled(lambda x: x * 2, array(mesh, (64, 32), "rows", "columns")), unknown_trips=1) == []
+    assert hlo.collectives(compiled(lambda x: x * 2, array(mesh, (64, 32), "rows", "columns")), unknown_trips=(1,)) == []
 
 
 # As the TPU's compiler writes it: an exchange spread over two fusions of a loop of 8, whose end is a comparison.
@@ -102,7 +102,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_a_tpu_program():
-    found = {one.kind: one for one in hlo.collectives(TPU, unknown_trips=16)}
+    found = {one.kind: one for one in hlo.collectives(TPU, unknown_trips=(16,))}
     assert len(found) == 4
     gather, permute = found["all-gather"], found["collective-permute"]
     assert (gather.runs, gather.group, gather.received) == (16 * 8, 4, 4096 * 64 * 2 * 3 / 4)
@@ -121,7 +121,7 @@ def test_products_count_as_often_as_their_loop_runs(mesh):
     x = array(mesh, (64, 32), "rows", "whole")
     text = compiled(layers, x, array(mesh, (3, 32, 32), "whole", "whole", "columns"))
     all_of_them = 3 * 2 * 64 * 32 * 32 + 2 * 4 * 16 * 16 * 32
-    assert hlo.product_flops(text, unknown_trips=1) == all_of_them / 8
+    assert hlo.product_flops(text, unknown_trips=(1,)) == all_of_them / 8
 
 
 # Products of a TPU's program: heads as places of a window over padding (4 of 128 numbers from 512 of 128 rows), a plain
@@ -166,11 +166,20 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_what_is_multiplied_with_padding_is_no_operation():
     heads, plain, batch = 2 * 128 * 512 * 4 * 128, 2 * 32 * 512 * 256, 2 * 4 * 16 * 64 * 32
-    assert hlo.product_flops(PRODUCTS, unknown_trips=2) == 2 * 8 * (heads + plain + batch)
+    assert hlo.product_flops(PRODUCTS, unknown_trips=(2,)) == 2 * 8 * (heads + plain + batch)
+
+
+def test_loops_of_unknown_length_run_as_often_as_they_are_said_to_in_their_order():
+    """The outer loop's end is not known, and a second one's after it."""
+    second = PRODUCTS.replace("while(%t), condition=%open, body=%outer\n}", "while(%t), condition=%open, body=%outer\n"
+                              "  %w.3 = (s32[], f32[8]) while(%w.1), condition=%open, body=%body\n}")  # fmt: skip
+    once = hlo.product_flops(PRODUCTS, unknown_trips=(1,)) / 8
+    assert hlo.product_flops(second, unknown_trips=(3, 5)) == (3 * 8 + 5) * once
+    assert hlo.product_flops(second, unknown_trips=(3,)) == (3 * 8 + 3) * once
 
 
 def test_sums_by_kind():
-    sums = hlo.by_kind(hlo.collectives(TPU, unknown_trips=2))
+    sums = hlo.by_kind(hlo.collectives(TPU, unknown_trips=(2,)))
     assert sums["collective-permute"] == {"count": 16, "bytes": 16 * 32}
 
 

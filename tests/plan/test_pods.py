@@ -22,6 +22,7 @@ PROGRAMS = {"DPO step": "splash_mha", "prefill, judgements": "splash_mha", "deco
 PODS = [
     ("llama2_7b", "v5e:4x4", 2, 8),
     ("llama2_7b", "v6e:4x4", 8, 2),
+    ("llama2_13b", "v5e:4x4", 2, 8),
     ("llama2_13b", "v5e:4x8", 4, 8),
     ("llama2_13b", "v6e:4x4", 2, 8),
     ("llama2_70b", "v5p:2x4x4", 4, 8),

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from step_inputs import BATCHES, DPO, OPTIMIZER, PAIRS, SFT, folded, packed
 
@@ -14,6 +15,7 @@ from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, train_mesh
 from srlm_jax.train.objectives import DpoObjective, SftObjective, response_logprobs
+from srlm_jax.train.optimizer import make_optimizer
 from srlm_jax.train.step import init_optimizer, make_train_step
 
 
@@ -66,6 +68,25 @@ def test_every_microbatch_draws_its_own_dropout(tiny_llama):
     losses = [float(objective(tiny_llama, one_row, jax.random.fold_in(key, i)).loss) / 8 for i in range(2)]
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-2
+
+
+@pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
+def test_weights_wider_than_their_products_get_the_gradients_that_are_taken_of_themselves(make_llama, objective):
+    model = make_llama(compute_dtype="bfloat16")
+    assert {str(x.dtype) for x in jax.tree.leaves(model)} == {"float32"}
+    batch = BATCHES[objective]
+
+    def loss(model):
+        sums = objective(model, batch, jax.random.key(0))
+        return sums.loss, sums.count
+
+    grads, count = jax.jit(jax.grad(loss, has_aux=True))(model)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    tx = make_optimizer(OPTIMIZER, 10)
+    updates, _ = tx.update(grads, tx.init(model), model)
+    found, metrics = update(model, objective, 1, batch)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(grads), rtol=1e-5)
+    assert_same(found, optax.apply_updates(model, updates))
 
 
 # The same on many devices.
