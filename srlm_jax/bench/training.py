@@ -154,7 +154,9 @@ def _sides(
         del model  # the training donates it
         found.append(Side(name=OURS, dtype=dtype, run=run))
         if setting.saving:
-            found.append(Side(name=f"{OURS}, while saving", dtype=dtype, run=functools.partial(_run_saving, training, run)))
+            found.append(
+                Side(name=f"{OURS}, while saving", dtype=dtype, run=functools.partial(_run_saving, training, run))
+            )
         if setting.peer is not None:
             for method in methods:
                 told = job(setting, folder, dtype) | sent | {"method": method}

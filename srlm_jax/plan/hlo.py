@@ -120,7 +120,7 @@ def _walk(
         if match[3] == "while":
             body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
             known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-            trips = int(known[1]) if known else _trips(lines.get(condition, ()))
+            trips = int(known[1]) if known else _trips(lines.get(condition, []), lines.get(body, []))
             trips = next(unknown_trips) if trips is None else trips
             yield from _walk(lines, body, runs * trips, body, unknown_trips)
         else:
@@ -174,15 +174,39 @@ def _convolution_flops(one: _Instruction, sizes: Mapping[str, list[int]]) -> int
     return flops
 
 
-def _trips(condition: list[str]) -> int | None:
+def _trips(condition: list[str], body: list[str]) -> int | None:
     """How often a loop runs whose condition is `counter < constant`; of any other it is not known."""
     root = next((line for line in condition if line.lstrip().startswith("ROOT")), "")
-    if " compare(" not in root or "direction=LT" not in root:
+    compared = re.search(r" compare\(([^)]*)\).*direction=LT", root)
+    if compared is None:
         return None
-    numbers = (re.match(r"\s*%?([\w.\-]+) = .*? constant\((\d+)\)", line) for line in condition)
-    constants = {match[1]: int(match[2]) for match in numbers if match is not None}
-    named = [name for name in constants if re.search(rf"%?{re.escape(name)}[,)]", root)]
-    return constants[named[0]] if len(named) == 1 else None
+    counter, end = re.findall(r"%([\w.\-]+)", compared[1])
+    constants = _constants(condition)
+    if end not in constants or counter in constants:
+        return None
+    return -(-constants[end] // _step(counter, condition, body))
+
+
+def _step(counter: str, condition: list[str], body: list[str]) -> int:
+    """By how much a loop's counter grows each time: by more than one where the compiler has unrolled the loop."""
+    place = next(
+        (re.search(r"index=(\d+)$", line.split(", metadata")[0]) for line in condition if f"%{counter} =" in line), None
+    )
+    root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
+    results = re.search(r" tuple\((.*?)\)(?:,|$)", root)
+    if place is None or results is None:
+        return 1
+    result = re.findall(r"%([\w.\-]+)", results[1])[int(place[1])]
+    added = next(
+        (match[1] for line in body if (match := re.match(rf"\s*%{re.escape(result)} = .*? add\(([^)]*)\)", line))), ""
+    )
+    constants = _constants(body)
+    return next((constants[name] for name in re.findall(r"%([\w.\-]+)", added) if name in constants), 1)
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    numbers = (re.match(r"\s*%?([\w.\-]+) = .*? constant\((\d+)\)", line) for line in lines)
+    return {match[1]: int(match[2]) for match in numbers if match is not None}
 
 
 def _collective(kind: str, shape: str, line: str, runs: int) -> Collective:

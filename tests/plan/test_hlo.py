@@ -54,7 +54,9 @@ def test_a_gather_brings_what_a_device_lacks(mesh):
 
 
 def test_nothing_is_found_where_nothing_is_exchanged(mesh):
-    assert hlo.collectives(compiled(lambda x: x * 2, array(mesh, (64, 32), "rows", "columns")), unknown_trips=(1,)) == []
+    assert (
+        hlo.collectives(compiled(lambda x: x * 2, array(mesh, (64, 32), "rows", "columns")), unknown_trips=(1,)) == []
+    )
 
 
 # As the TPU's compiler writes it: an exchange spread over two fusions of a loop of 8, whose end is a comparison.
@@ -176,6 +178,39 @@ def test_loops_of_unknown_length_run_as_often_as_they_are_said_to_in_their_order
     once = hlo.product_flops(PRODUCTS, unknown_trips=(1,)) / 8
     assert hlo.product_flops(second, unknown_trips=(3, 5)) == (3 * 8 + 5) * once
     assert hlo.product_flops(second, unknown_trips=(3,)) == (3 * 8 + 3) * once
+
+
+UNROLLED = """HloModule jit_step
+
+%cond (p: (bf16[8,4], u32[])) -> pred[] {
+  %end = u32[]{:T(128)} constant(7)
+  %p.1 = (bf16[8,4]{1,0}, u32[]{:T(128)}) parameter(0)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%p.1), index=1, metadata={op_name="a loop" stack_frame_id=1}
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %end), direction=LT
+}
+
+%body (p: (bf16[8,4], u32[])) -> (bf16[8,4], u32[]) {
+  %p.2 = (bf16[8,4]{1,0}, u32[]{:T(128)}) parameter(0)
+  %x = bf16[8,4]{1,0} get-tuple-element(%p.2), index=0
+  %i.2 = u32[]{:T(128)} get-tuple-element(%p.2), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i.2, %two)
+  %s = bf16[8,4]{1,0} collective-permute(%x), channel_id=9, source_target_pairs={{0,1}}
+  ROOT %r = (bf16[8,4]{1,0}, u32[]{:T(128)}) tuple(%s, /*index=1*/%next)
+}
+
+ENTRY %main (p: (bf16[8,4], u32[])) -> (bf16[8,4], u32[]) {
+  %w = (bf16[8,4]{1,0}, u32[]{:T(128)}) while(%p), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_loop_that_the_compiler_has_unrolled_runs_less_often():
+    """0, 2, 4 and 6 are below 7."""
+    (found,) = hlo.collectives(UNROLLED, unknown_trips=(1,))
+    assert found.runs == 4
+    (once_each,) = hlo.collectives(UNROLLED.replace("constant(2)", "constant(1)"), unknown_trips=(1,))
+    assert once_each.runs == 7
 
 
 def test_sums_by_kind():

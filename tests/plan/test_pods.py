@@ -77,7 +77,9 @@ def test_a_pod_has_room_for_each_program_and_a_tenth_to_spare(monkeypatch, capsy
         with capsys.disabled():
             found = f"{needed / chips.GIB:.2f} of {where.chip.memory / chips.GIB:.2f} GiB"
             taken = f"compiled in {said.wall_s:.0f} s ({said.cpu_s:.0f} s of a processor)"
-            print(f"\n{scale}, {topology}: {program.name}: {found}, {said.product_flops / flops:.3f} x the products, {taken}")
+            print(
+                f"\n{scale}, {topology}: {program.name}: {found}, {said.product_flops / flops:.3f} x the products, {taken}"
+            )
         assert needed <= 0.9 * where.chip.memory, program.name
         assert PROGRAMS[program.name] in texts[-1]
         assert 0.99 <= said.product_flops / flops <= most, program.name
