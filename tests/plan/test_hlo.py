@@ -133,7 +133,7 @@ PRODUCTS = """HloModule jit_step
 %fused.1 (p: bf16[128,512,1], q: bf16[4,512,128]) -> bf16[128,4,128] {
   %p = bf16[128,512,1]{1,0,2} parameter(0)
   %q = bf16[4,512,128]{2,1,0} parameter(1)
-  ROOT %c.1 = bf16[128,4,128]{2,0,1:T(8,128)(2,1)} convolution(%p, %q), window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_0io->b0f
+  ROOT %c.1 = bf16[128,4,128] convolution(%p, %q), window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_0io->b0f
 }
 
 %cond (p: (s32[], f32[8])) -> pred[] {
@@ -149,7 +149,7 @@ PRODUCTS = """HloModule jit_step
   %c.2 = f32[32,256]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
   %f = bf16[4,16,64]{2,1,0} get-tuple-element(%p), index=3
   %g = bf16[4,64,32]{2,1,0} get-tuple-element(%p), index=4
-  %c.3 = bf16[4,16,32]{2,1,0} convolution(%f, %g), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+  %c.3 = bf16[4,16,32] convolution(%f, %g), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
 }
 
 %open (p: (s32[], f32[8])) -> pred[] {

@@ -1,5 +1,5 @@
-"""Llama 2's own programs on slices that people rent: whether they fit with room to spare, the kernels in them, that they
-compute nothing twice that they need not, and that no weights move while they decode."""
+"""Llama 2's own programs on slices that people rent: whether they fit with room to spare, the kernels in them, that
+they compute nothing twice that they need not, and that no weights move while they decode."""
 
 import importlib.util
 import math
@@ -75,10 +75,10 @@ def test_a_pod_has_room_for_each_program_and_a_tenth_to_spare(monkeypatch, capsy
         needed = said.peak + programs.kept_bytes(s, shape, program.name)
         flops, most = needed_flops(s, shape, program.name)
         with capsys.disabled():
-            found = f"{needed / chips.GIB:.2f} of {where.chip.memory / chips.GIB:.2f} GiB"
-            taken = f"compiled in {said.wall_s:.0f} s ({said.cpu_s:.0f} s of a processor)"
             print(
-                f"\n{scale}, {topology}: {program.name}: {found}, {said.product_flops / flops:.3f} x the products, {taken}"
+                f"\n{scale}, {topology}: {program.name}: {needed / chips.GIB:.2f} of "
+                f"{where.chip.memory / chips.GIB:.2f} GiB, {said.product_flops / flops:.3f} x the products, "
+                f"compiled in {said.wall_s:.0f} s ({said.cpu_s:.0f} s of a processor)"
             )
         assert needed <= 0.9 * where.chip.memory, program.name
         assert PROGRAMS[program.name] in texts[-1]
