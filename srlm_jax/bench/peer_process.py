@@ -21,7 +21,7 @@ from typing import BinaryIO
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "transformers": ("torch==2.13.0", "transformers==5.24.0", "safetensors>=0.8", "numpy>=2.0"),
     "trl": ("torch==2.13.0", "transformers==5.24.0", "trl==1.16.0", "safetensors>=0.8", "numpy>=2.0"),
-    "tunix": ("google-tunix==0.1.7", "safetensors>=0.8", "numpy>=2.0"),
+    "tunix": ("google-tunix==0.1.7", "safetensors>=0.7", "numpy>=2.0"),
 }
 NEEDS_PYTHON: dict[str, tuple[int, int]] = {"tunix": (3, 12)}  # of its jax 0.12
 

@@ -147,12 +147,13 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
     fsdp = split.weights // split.tensor
     weights = c.parameters * wide / split.tensor
     passes = 3 if c.remat == "full" else 2  # forward, again, and back
-    kept = param_bytes(c) / split.weights
+    kept, narrow = param_bytes(c) / split.weights, sample_bytes(c, None) / split.weights
     if rank is None:
-        trained, frozen, reduced_grads = kept, 0.0, weights
+        trained, gradients, frozen, reduced_grads = kept, narrow, 0.0, weights
     else:
         along, across = _adapter_sizes(c, rank)
-        trained, frozen = 4 * (along / fsdp + across / split.tensor), kept
+        trained = gradients = 4 * (along / fsdp + across / split.tensor)
+        frozen = kept
         reduced_grads = 4 * (along + across / split.tensor)
     reduced = 2 * passes * c.L * own * length * c.D * wide
     return Cost(
@@ -162,11 +163,12 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
         # Gradients are reduced as often as weights are gathered for a pass.
         link_bytes=accumulate * _gathered(passes * weights + reduced_grads, fsdp)
         + 2 * _gathered(reduced, split.tensor),
-        # Weights, gradients and two moments; and the sum of the gradients so far beside a microbatch's own.
-        # Where they are wider than what is computed in, the compiler narrows all of them before the loop over layers.
+        # Weights, two moments and gradients; and the sum of the gradients so far beside a microbatch's own. Where weights
+        # are wider than what is computed in, they are narrowed before the loop over layers, and gradients are as narrow.
         resident_bytes=frozen
-        + (0.0 if c.param_dtype == c.compute_dtype else sample_bytes(c, None) / split.weights)
-        + (4 if accumulate == 1 else 5) * trained
+        + (0.0 if c.param_dtype == c.compute_dtype else narrow)
+        + (3 if accumulate == 1 else 4) * trained
+        + gradients
         + _activations(c, split, rows // accumulate, length, kept=True),
     )
 
