@@ -163,8 +163,8 @@ def train_cost(c: LlamaConfig, split: Split, rows: int, length: int, accumulate:
         # Gradients are reduced as often as weights are gathered for a pass.
         link_bytes=accumulate * _gathered(passes * weights + reduced_grads, fsdp)
         + 2 * _gathered(reduced, split.tensor),
-        # Weights, two moments and gradients; and the sum of the gradients so far beside a microbatch's own. Where weights
-        # are wider than what is computed in, they are narrowed before the loop over layers, and gradients are as narrow.
+        # Weights, two moments and gradients; and the sum of the gradients so far beside a microbatch's own. Weights
+        # wider than what is computed in are narrowed before the loop over layers, and their gradients are as narrow.
         resident_bytes=frozen
         + (0.0 if c.param_dtype == c.compute_dtype else narrow)
         + (3 if accumulate == 1 else 4) * trained
