@@ -56,6 +56,8 @@ def _config(draw: dict, samples: int, most: int) -> transformers.GenerationConfi
 def generate(model, prompts: list[list[int]], limits: list[list[int]], draw: dict, rows: int) -> list[list[list[int]]]:
     """As many prompts at a time as give `rows` rows, those of like length together, padded on the left."""
     samples = len(limits[0])
+    # A trainer gives the model the tokenizer's end token, which takes the place of one that is None.
+    model.generation_config.eos_token_id = None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list = [None] * len(prompts)
     for part in batches(len(prompts), max(1, rows // samples)):
