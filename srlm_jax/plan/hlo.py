@@ -31,6 +31,11 @@ class Collective:
     group: int  # chips that take part together
 
     @property
+    def numbers(self) -> int:
+        """How many numbers `result` has."""
+        return math.prod(int(size) for size in self.result.split("[")[1].rstrip("]").split(",") if size)
+
+    @property
     def total(self) -> float:
         """Bytes to each chip over the whole program."""
         return self.received * self.runs

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -185,11 +184,6 @@ def test_a_training_step_updates_in_place(tiny_plan):
             assert program.compiled.arguments < 1.5 * kept
 
 
-def numbers(collective):
-    """How many numbers the largest array of an exchange's result has."""
-    return math.prod(int(size) for size in collective.result.split("[")[1].rstrip("]").split(",") if size)
-
-
 @needs_libtpu
 @pytest.mark.slow
 def test_a_step_of_adapters_takes_frozen_weights_and_returns_none():
@@ -213,9 +207,9 @@ def test_a_training_step_moves_a_layer_at_a_time_and_each_chip_its_own_rows(tiny
     c = tiny_plan.settings.model.llama
     steps = [program for program in tiny_plan.programs if program.name.endswith("step")]
     for program in steps:
-        wide = [one for one in program.compiled.collectives if numbers(one) >= c.L * c.D * c.F // 2]
+        wide = [one for one in program.compiled.collectives if one.numbers >= c.L * c.D * c.F // 2]
         assert not wide, program.name
-        assert any(one.runs % c.L == 0 and numbers(one) >= c.D * c.D // 2 for one in program.compiled.collectives)
+        assert any(one.runs % c.L == 0 and one.numbers >= c.D * c.D // 2 for one in program.compiled.collectives)
 
 
 @needs_libtpu
@@ -227,7 +221,7 @@ def test_no_program_gathers_all_layers(tiny_plan):
         # What has five axes is no weight: new keys and values, on their way to the slots of their rows.
         weights = [one for one in gathered if one.result.count(",") < 4]
         if program.name != "reshard":
-            assert all(numbers(one) < c.L * c.D * c.F // 2 for one in weights), program.name
+            assert all(one.numbers < c.L * c.D * c.F // 2 for one in weights), program.name
 
 
 @needs_libtpu
@@ -238,7 +232,7 @@ def test_decoding_moves_no_weights(tiny_plan):
     for program in tiny_plan.programs:
         if program.name.startswith("decode"):
             gathered = [one for one in program.compiled.collectives if one.kind == "all-gather"]
-            assert all(numbers(one) < c.D * c.K * c.H // 2 for one in gathered), program.name
+            assert all(one.numbers < c.D * c.K * c.H // 2 for one in gathered), program.name
 
 
 @needs_libtpu
