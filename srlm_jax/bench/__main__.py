@@ -36,9 +36,12 @@ _SAVING = flags.DEFINE_bool("saving", False, "sft, dpo: measure this package whi
 _GROWTH = flags.DEFINE_list("growth", [], "1,2,4,10: the same with so many times the work, and what a unit costs.")
 _MAKE = flags.DEFINE_list("make", [], "peers: which environments to make.")
 _BASE_PYTHON = flags.DEFINE_string("base_python", sys.executable, "peers: the interpreter to make them with.")
+_REMAT = flags.DEFINE_enum("remat", None, ["full", "dots"], "What training keeps of blocks; if not given, the shape's.")
 _JSON = flags.DEFINE_string("json", None, "A file to write all of it to.")
 _SIZES = {
-    field.name: flags.DEFINE_integer(field.name, None, f"See bench/workload.py; {field.name} there.", 1)
+    field.name: flags.DEFINE_integer(
+        field.name, None, f"See bench/workload.py; {field.name} there.", lower_bound=int(field.name != "spread")
+    )
     for field in dataclasses.fields(Workload)
     if field.name != "seed"
 }
@@ -141,10 +144,11 @@ def _setting(command: str, peer: str | None) -> Setting:
     cpu = jax.default_backend() == "cpu"
     given = {name: flag.value for name, flag in _SIZES.items() if flag.value is not None}
     shape = _SHAPE.value or "110m"
+    config = SHAPES[shape]()
     return Setting(
         command=command,
         shape=shape,
-        config=SHAPES[shape](),
+        config=config if _REMAT.value is None else dataclasses.replace(config, remat=_REMAT.value),
         dtypes=_dtypes(("float32",) if cpu else ("bfloat16",), ("float32", "bfloat16"), most=2),
         workload=dataclasses.replace(default(command, cpu=cpu), **given),
         repeat=_REPEAT.value or 3,

@@ -47,6 +47,7 @@ class Workload:
     judgement_mean: int
     before: int  # of the judge's template, before the instruction
     behind: int  # and behind the answer
+    spread: int  # of lengths about their mean: a lognormal's sigma in hundredths; 0: all are as long as the mean
     rows: int  # sampled at once
     steps: int  # decoding steps between two looks of the host
     batch: int  # rows of SFT, or pairs of DPO, of one update
@@ -64,7 +65,7 @@ class Workload:
 # lengths are the paper's too; on a CPU answers and judgements are shorter, so that a measurement takes minutes.
 CPU = Workload(
     prompts=16, samples=4, votes=3, instruction=64, response_mean=64, judgement_mean=32, before=272, behind=97,
-    rows=32, steps=8, batch=4, updates=2, seed=0,
+    spread=70, rows=32, steps=8, batch=4, updates=2, seed=0,
 )  # fmt: skip
 ACCELERATOR = dataclasses.replace(
     CPU, prompts=32, instruction=80, response_mean=400, judgement_mean=150, rows=64, steps=16, batch=16, updates=4
@@ -130,9 +131,9 @@ class Pair:
     rejected: Ids
 
 
-def lengths(count: int, mean: int, rng: np.random.Generator) -> list[int]:
-    """Lognormal lengths (sigma 0.7) of about this mean, none more than two and a half times as long."""
-    sigma = 0.7
+def lengths(count: int, mean: int, spread: int, rng: np.random.Generator) -> list[int]:
+    """Lognormal lengths of about this mean and of `Workload.spread`, none more than two and a half times as long."""
+    sigma = spread / 100
     drawn = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, count)
     return [int(length) for length in np.clip(np.round(drawn), 1, round(2.5 * mean))]
 
@@ -149,7 +150,7 @@ def answering(w: Workload, vocabulary: int) -> Tree:
     """The instructions, each a group of its own, and `samples` answers to each."""
     rng = _rng(w, "answering")
     prompts = tuple((_ids(w.instruction, vocabulary, rng),) for _ in range(w.prompts))
-    drawn = lengths(w.prompts * w.samples, w.response_mean, rng)
+    drawn = lengths(w.prompts * w.samples, w.response_mean, w.spread, rng)
     limits = tuple((tuple(drawn[p * w.samples : (p + 1) * w.samples]),) for p in range(w.prompts))
     return Tree(prompts, limits)
 
@@ -166,7 +167,7 @@ def judging_of(w: Workload, vocabulary: int, asked: Tree, answers: tuple[tuple[I
     """The judge's prompts on these answers, `answers[p][c]` to instruction p of `asked`."""
     rng = _rng(w, "judging")
     before, behind = _ids(w.before, vocabulary, rng), _ids(w.behind, vocabulary, rng)
-    drawn = iter(lengths(w.prompts * w.samples * w.votes, w.judgement_mean, rng))
+    drawn = iter(lengths(w.prompts * w.samples * w.votes, w.judgement_mean, w.spread, rng))
     prompts = tuple(
         tuple((*before, *instruction, *answer, *behind) for answer in of_prompt)
         for (instruction,), of_prompt in zip(asked.prompts, answers, strict=True)

@@ -197,11 +197,13 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
     """
     (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[-2]
     half = q_BNTH.dtype in (jnp.bfloat16, jnp.float16)
+    of_cache = T == 1 or (part.readable.length_R is not None and not part.readable.causal)
+    whole_blocks = H >= 16 and H & (H - 1) == 0 and decode_triton.block_size(S) is not None
+    if platform == "gpu" and half and of_cache and whole_blocks:
+        return decoding_gpu
     if T == 1:
-        if platform == "tpu" and H % LANES == 0 and decode_attention.block_of(part.k_LRKSH) is not None:
-            return decoding
-        fits = H >= 16 and H & (H - 1) == 0 and decode_triton.block_size(S) is not None
-        return decoding_gpu if platform == "gpu" and half and fits else plain
+        fits = H % LANES == 0 and decode_attention.block_of(part.k_LRKSH) is not None
+        return decoding if platform == "tpu" and fits else plain
     if platform == "tpu" and min(T, S) >= LANES:
         return splash
     # jax gives cuDNN's log-sum-exp in the output's 16 bits, too few to merge parts by.
@@ -240,16 +242,16 @@ def decoding(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Arra
 
 
 def decoding_gpu(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
-    """A GPU's kernel for one new token a row."""
+    """A GPU's kernel for a part of a cache, and for one new token a row or many."""
     return _decoding(q_BNTH, part, decode_triton.flash_decode)
 
 
 def _decoding(q_BNTH: jax.Array, part: Part, flash_decode: Callable) -> tuple[jax.Array, jax.Array]:
-    B, N, _, H = q_BNTH.shape
+    B, N, T, H = q_BNTH.shape
     R, K, S, _ = part.k_LRKSH.shape[-4:]
     C, readable = B // R, part.readable
-    # Siblings are so many more query heads of a key-value head.
-    q_RKQH = q_BNTH.reshape(R, C, K, N // K, H).swapaxes(1, 2).reshape(R, K, C * N // K, H)
+    # Siblings, and tokens, are so many more query heads of a key-value head.
+    q_RKQH = q_BNTH.reshape(R, C, K, N // K * T, H).swapaxes(1, 2).reshape(R, K, C * N // K * T, H)
     zeros_R = jnp.zeros(R, jnp.int32)
     out, lse = flash_decode(
         q_RKQH * H**-0.5,
@@ -258,8 +260,8 @@ def _decoding(q_BNTH: jax.Array, part: Part, flash_decode: Callable) -> tuple[ja
         zeros_R if readable.start_R is None else readable.start_R,
         zeros_R + S if readable.length_R is None else readable.length_R,
     )
-    out = out.reshape(R, K, C, N // K, H).swapaxes(1, 2).reshape(B, N, 1, H)
-    return out, lse.reshape(R, K, C, N // K).swapaxes(1, 2).reshape(B, N, 1)
+    out = out.reshape(R, K, C, N // K * T, H).swapaxes(1, 2).reshape(B, N, T, H)
+    return out, lse.reshape(R, K, C, N // K * T).swapaxes(1, 2).reshape(B, N, T)
 
 
 def splash(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array | None]:

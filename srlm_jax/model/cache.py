@@ -37,6 +37,11 @@ class Level:
     v_LRKSH: Stacks
     length_R: Int[Array, "R"]
 
+    @property
+    def slots(self) -> int:
+        """S; 0: no row has a token, and there is nothing to read."""
+        return self.k_LRKSH[0].shape[-2]
+
     def part(self, stack: int, layer: Int[Array, ""]) -> Part:
         """What attention in one layer, of a stack, reads of it."""
         return Part(self.k_LRKSH[stack], self.v_LRKSH[stack], layer, dataclasses.replace(ALL, length_R=self.length_R))

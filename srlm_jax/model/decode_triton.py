@@ -1,7 +1,9 @@
-"""Attention of one new token a row, as a kernel for GPUs: what `decode_attention` is for TPUs.
+"""Attention over a part of a cache, as a kernel for GPUs: what `decode_attention` is for TPUs, and for the many queries
+of a prefill too.
 
-Each program works on one row's keys of one head, block after block of those that hold something; where there are too
-few rows and heads for all of a GPU, several share the blocks of one (split keys), and their sums are merged afterwards.
+Each program works on some of the queries that read one row's keys of one head, block after block of the slots that hold
+something; where there are too few rows and heads for all of a GPU, several share the blocks of one (split keys), and
+what they find is merged afterwards.
 
 Axes: L layers, R rows of a level, K key-value heads, Q queries that read one row's keys of one head, S slots, H head
 width, P programs that share a row.
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from srlm_jax.model.decode_attention import blocks_read
 from srlm_jax.model.int8 import Slots
-from srlm_jax.model.ops import MASKED
+from srlm_jax.model.ops import MASKED, merge_attention
 
 # Queries that a program holds at once: what a GPU's matrix units take at least, and what its registers hold.
 _QUERIES = (16, 32, 64)
@@ -45,51 +47,39 @@ def flash_decode(
     block = block_size(S)
     queries = next((n for n in _QUERIES if n >= Q), _QUERIES[-1])
     pieces = -(-Q // queries)
-    q = jnp.pad(q_RKQH, ((0, 0), (0, 0), (0, pieces * queries - Q), (0, 0)))
     shares = max(1, min(_PROGRAMS // (R * K * pieces), S // (2 * block)))
+    arrays = (layer.reshape(1), start_R, length_R, q_RKQH, *jax.tree.leaves((k_LRKSH, v_LRKSH)))
+    made = (
+        # What several found is rounded once it is one.
+        jax.ShapeDtypeStruct((shares, R, K, Q, H), q_RKQH.dtype if shares == 1 else jnp.float32),
+        jax.ShapeDtypeStruct((shares, R, K, Q), jnp.float32),
+    )
+    # Whole arrays: each program takes what it needs of them.
     whole = lambda x: pl.BlockSpec(x.shape, lambda r, h, piece, share: (0,) * x.ndim)
-    scalars, stacks = (layer.reshape(1), start_R, length_R), jax.tree.leaves((k_LRKSH, v_LRKSH))
-    sums, tops, totals = pl.pallas_call(
-        functools.partial(_kernel, block=block, shares=shares),
+    outs, lses = pl.pallas_call(
+        functools.partial(_kernel, block=block, queries=queries, shares=shares),
         grid=(R, K, pieces, shares),
-        in_specs=[
-            *map(whole, scalars),
-            pl.BlockSpec((None, None, queries, H), lambda r, h, piece, share: (r, h, piece, 0)),
-            *map(whole, stacks),
-        ],
-        out_specs=[
-            pl.BlockSpec((None, None, None, queries, H), lambda r, h, piece, share: (share, r, h, piece, 0)),
-            pl.BlockSpec((None, None, None, queries), lambda r, h, piece, share: (share, r, h, piece)),
-            pl.BlockSpec((None, None, None, queries), lambda r, h, piece, share: (share, r, h, piece)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((shares, *q.shape), jnp.float32),
-            jax.ShapeDtypeStruct((shares, *q.shape[:3]), jnp.float32),
-            jax.ShapeDtypeStruct((shares, *q.shape[:3]), jnp.float32),
-        ],
+        in_specs=[*map(whole, arrays)],
+        out_specs=[*map(whole, made)],
+        out_shape=made,
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="flash_decode",
-    )(*scalars, q, *stacks)
-    # sum = sum of exp(score - top) v, total = sum of exp(score - top), for each share of the keys.
-    top = jnp.max(tops, axis=0, keepdims=True)
-    scale = jnp.exp(tops - top)
-    total = jnp.sum(totals * scale, axis=0)
-    divisor = jnp.where(total == 0, 1, total)
-    out = jnp.sum(sums * scale[..., None], axis=0) / divisor[..., None]
-    lse = jnp.where(total == 0, MASKED, top[0] + jnp.log(divisor))
-    return out[:, :, :Q].astype(q_RKQH.dtype), lse[:, :, :Q]
+    )(*arrays)
+    out = merge_attention(list(outs), list(lses)).astype(q_RKQH.dtype)
+    return out, lses[0] if shares == 1 else jnp.maximum(jax.nn.logsumexp(lses, axis=0), MASKED)
 
 
-def _kernel(layer_ref, start_ref, length_ref, q_ref, *refs, block, shares):
-    *stacks, sum_ref, top_ref, total_ref = refs
-    r, h, share = pl.program_id(0), pl.program_id(1), pl.program_id(3)
+def _kernel(layer_ref, start_ref, length_ref, q_ref, *refs, block, queries, shares):
+    *stacks, out_ref, lse_ref = refs
+    r, h, piece, share = map(pl.program_id, range(4))
     layer, start, length = layer_ref[0], start_ref[r], length_ref[r]
-    slots = stacks[0].shape[3]
+    slots, H = stacks[0].shape[3:]
     blocks = blocks_read(start, length, slots, block)
     each = (blocks + shares - 1) // shares
-    q_QH = q_ref[...]
-    Q, H = q_QH.shape
+    own = pl.ds(piece * queries, queries)
+    there_Q = piece * queries + jnp.arange(queries) < q_ref.shape[2]
+    q_QH = pltriton.load(q_ref.at[r, h, own, :], mask=there_Q[:, None], other=0.0)
 
     def read(refs, first):
         """A block's numbers and, of what is rounded, the scale of each slot."""
@@ -115,7 +105,13 @@ def _kernel(layer_ref, start_ref, length_ref, q_ref, *refs, block, shares):
         weights_QS = weights_QS if v_scale_S is None else weights_QS * v_scale_S[None]
         return sum_QH * shrunk_Q[:, None] + pltriton.dot(weights_QS.astype(v_SH.dtype), v_SH), new_Q, total_Q
 
-    begin = (jnp.zeros((Q, H), jnp.float32), jnp.full(Q, MASKED, jnp.float32), jnp.zeros(Q, jnp.float32))
+    zeros_Q = jnp.zeros(queries, jnp.float32)
+    begin = (jnp.zeros((queries, H), jnp.float32), jnp.full(queries, MASKED, jnp.float32), zeros_Q)
     end = jnp.minimum((share + 1) * each, blocks)
     sum_QH, top_Q, total_Q = jax.lax.fori_loop(share * each, end, one, begin)
-    sum_ref[...], top_ref[...], total_ref[...] = sum_QH, top_Q, total_Q
+    none_Q = total_Q == 0
+    divisor_Q = jnp.where(none_Q, 1.0, total_Q)
+    lse_Q = jnp.where(none_Q, MASKED, top_Q + jnp.log(divisor_Q))
+    out_QH = (sum_QH / divisor_Q[:, None]).astype(out_ref.dtype)
+    pltriton.store(out_ref.at[share, r, h, own, :], out_QH, mask=there_Q[:, None])
+    pltriton.store(lse_ref.at[share, r, h, own], lse_Q, mask=there_Q)

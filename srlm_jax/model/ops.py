@@ -165,9 +165,11 @@ def merge_attention(outs: list[Float[Array, "B N T H"]], lses: list[Float[Array,
     """Attention over the union of disjoint key sets, from the attention over each (Hydragen, arXiv 2402.05099)."""
     if len(outs) == 1:
         return outs[0]
-    share = jax.nn.softmax(jnp.stack(lses), axis=0)
-    merged = sum(out.astype(jnp.float32) * share[i][..., None] for i, out in enumerate(outs))
-    return merged.astype(outs[0].dtype)
+    # Number by number, so that it is one loop of a compiled program.
+    top = functools.reduce(jnp.maximum, lses)
+    shares = [jnp.exp(lse - top) for lse in lses]
+    merged = sum(out.astype(jnp.float32) * share[..., None] for out, share in zip(outs, shares, strict=True))
+    return (merged / sum(shares)[..., None]).astype(outs[0].dtype)
 
 
 def swiglu(

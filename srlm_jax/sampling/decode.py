@@ -192,7 +192,7 @@ def admit(model: Llama, state: DecodeState, new: Admission, root_key: Array) -> 
         Each group of devices has its own entries and, of what is new, its own share: nothing moves between them.
         """
         axis = axis % old.ndim
-        shares = [x.reshape(*x.shape[:axis], D, -1, *x.shape[axis + 1 :]) for x in (old, fresh)]
+        shares = [x.reshape(*x.shape[:axis], D, x.shape[axis] // D, *x.shape[axis + 1 :]) for x in (old, fresh)]
         write = lambda old, fresh, entries: old.at[(slice(None),) * axis + (entries,)].set(fresh, mode="drop")
         return jax.vmap(write, (axis, axis, 0), axis)(*shares, entries_DI).reshape(old.shape)
 
@@ -334,7 +334,11 @@ def decode(
         )
         cache = Cache(
             parents=() if state.prefix is None else (state.prefix,),
-            shared=tuple(_read_by_any(level, state.readers_DX, B // D) for level in (state.groups, state.prompts)),
+            shared=tuple(
+                _read_by_any(level, state.readers_DX, B // D)
+                for level in (state.groups, state.prompts)
+                if level.slots > 0
+            ),
             siblings=Siblings(state.readers_DX, jnp.maximum(state.sample_B, 0)),
             k_LBKSH=state.k_LBKSH,
             v_LBKSH=state.v_LBKSH,

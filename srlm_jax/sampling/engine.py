@@ -85,9 +85,9 @@ class Work:
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 768, ...: few sizes, so few
+    """`length` rounded up to 0, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 768, ...: few sizes, so few
     compilations, and each of them either one chunk of a prefill or several whole ones."""
-    size = 8
+    size = 8 if length else 0
     while size < length or (size > CHUNK and size % CHUNK):
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size

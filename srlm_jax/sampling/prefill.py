@@ -58,7 +58,7 @@ def prefill(
     Args:
       parents: what all rows come after, each level read as in `model.cache.Cache`.
       below: besides, a level that rows of it descend from in any order; None: there is none.
-      tokens_RT: filled up on the right; where they are longer than `chunk`, to a multiple of it.
+      tokens_RT: filled up on the right; where they are longer than `chunk`, to a multiple of it. T may be 0.
       lengths_R: how many tokens each row has. With `halvings`, those of each of the `data` groups in falling order.
       start_R: the place of a row's first token in its document.
       chunk: how many tokens of a row are read at once.
@@ -67,6 +67,7 @@ def prefill(
     """
     R, T = tokens_RT.shape
     own = R // data
+    below = None if below is None or below.level.slots == 0 else below
 
     def leading(x: Array, rows: int, axis: int) -> Array:
         """The first `rows` rows of each group."""
@@ -100,6 +101,8 @@ def prefill(
 
     empty = lambda: kv.empty(model.config, model.layers, R, T, cache)
     at, leaf = jnp.int32(0), (empty(), empty())
+    if T == 0:
+        return Level(*leaf, lengths_R)
     if chunk >= T:
         return Level(*read(at, leaf, own, T), lengths_R)
     for rows, fewer in _widths(own, halvings):

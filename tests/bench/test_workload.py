@@ -18,10 +18,11 @@ def test_the_shapes_have_as_many_parameters_as_they_say():
 
 
 def test_lengths_have_about_their_mean_and_a_limit():
-    drawn = workload.lengths(20_000, 400, np.random.default_rng(0))
+    drawn = workload.lengths(20_000, 400, 70, np.random.default_rng(0))
     assert min(drawn) >= 1 and max(drawn) == 1_000
     assert np.mean(drawn) == pytest.approx(400, rel=0.06)  # the limit takes some per cent
     assert np.mean(drawn) / max(drawn) < 0.45  # so much of a static batch is in use
+    assert set(workload.lengths(9, 400, 0, np.random.default_rng(0))) == {400}
 
 
 def test_the_same_seed_gives_the_same_work_and_another_seed_other_work():

@@ -225,6 +225,8 @@ def test_devices_share_levels(tpu, monkeypatch, shape, rows):
         ("gpu", 1, 2048, 128, "bfloat16", valid([9]), True, "decoding_gpu"),
         ("gpu", 1, 2048, 128, "float32", valid([9]), True, "plain"),
         ("gpu", 1, 24, 128, "bfloat16", valid([9]), True, "plain"),
+        ("gpu", 128, 1536, 128, "bfloat16", valid([9]), False, "decoding_gpu"),
+        ("gpu", 128, 128, 128, "bfloat16", CAUSAL, False, "plain"),
         ("tpu", 1, 4096, 128, "bfloat16", valid([9]), True, "decoding"),
         ("cpu", 2048, 2048, 128, "bfloat16", CAUSAL, True, "blocked"),
         ("cpu", 1024, 1024, 128, "float32", packed(1, 1024), True, "blocked"),

@@ -64,6 +64,16 @@ def test_a_kernel_gives_what_plain_attention_gives(interpreted, rows, part, kern
     assert (found[0][~read] == 0).all() and (found[1][~read] == jnp.float32(ops.MASKED)).all()
 
 
+@pytest.mark.parametrize("name", ["a level of siblings", "a row that nobody reads"])
+def test_a_gpu_s_kernel_reads_a_part_for_many_new_tokens_of_a_row(interpreted, name):
+    rows, part = LEVELS[name]
+    q = normal(0, rows, 4, 20, 128)
+    found, wanted = (run(q, part, with_lse=True) for run in (attention.decoding_gpu, attention.plain))
+    read = np.repeat(np.asarray(part.readable.length_R) > 0, rows // part.k_LRKSH.shape[1])
+    same([x[read] for x in found], [x[read] for x in wanted])
+    assert (found[0][~read] == 0).all()
+
+
 def in_8_bits(part):
     """A part whose keys and values are rounded, and one of what they then are."""
 

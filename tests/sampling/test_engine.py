@@ -330,7 +330,7 @@ def test_prompts_of_many_lengths_share_few_compilations(run):
 
 
 def test_buckets_are_few_and_waste_little():
-    assert [bucket(n) for n in (0, 8, 9, 12, 13, 17, 25, 33, 49)] == [8, 8, 12, 12, 16, 24, 32, 48, 64]
+    assert [bucket(n) for n in (0, 1, 8, 9, 12, 13, 17, 25, 33, 49)] == [0, 8, 8, 12, 12, 16, 24, 32, 48, 64]
     assert len({bucket(n) for n in range(1, 4097)}) == 18
     assert all(n <= bucket(n) <= max(8, 2 * n if 128 < n <= 256 else 1.5 * n) for n in range(1, 4097))
     assert all(bucket(n) <= 128 or bucket(n) % prefill.CHUNK == 0 for n in range(1, 4097))
