@@ -13,12 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.gpu import attention as triton_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int
 
-from srlm_jax.model import decode_attention, decode_triton, ops
+from srlm_jax.model import decode_attention, decode_triton, flash_triton, ops
 from srlm_jax.model.int8 import Slots
 from srlm_jax.parallel import rules
 
@@ -28,7 +27,6 @@ LANES = 128
 PLAIN_KEYS = 1_024
 QUERY_BLOCK = 128  # the fewest queries whose scores `blocked` computes at once
 QUERY_BLOCKS = 8  # of a row, at most
-TRITON_BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +35,8 @@ class Readable:
     """Which keys a query may read: those that all of this allows.
 
     causal: query t reads keys 0 to t.
-    segments_BT: with as many keys as queries, and rows of their own: a query reads the keys of its own segment.
+    segments_BT: with as many keys as queries, and rows of their own: a query reads the keys of its own segment, which
+      are next to each other.
     length_R: so many keys of each row hold something; None: all.
     start_R: where these begin, the row being a ring; None: at its first key.
     """
@@ -197,9 +196,9 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
     """
     (T, H), S = q_BNTH.shape[2:], part.k_LRKSH.shape[-2]
     half = q_BNTH.dtype in (jnp.bfloat16, jnp.float16)
+    even = H >= 16 and H & (H - 1) == 0  # as this package's kernels for GPUs want it
     of_cache = T == 1 or (part.readable.length_R is not None and not part.readable.causal)
-    whole_blocks = H >= 16 and H & (H - 1) == 0 and decode_triton.block_size(S) is not None
-    if platform == "gpu" and half and of_cache and whole_blocks:
+    if platform == "gpu" and half and even and of_cache and decode_triton.block_size(S) is not None:
         return decoding_gpu
     if T == 1:
         fits = H % LANES == 0 and decode_attention.block_of(part.k_LRKSH) is not None
@@ -208,7 +207,10 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
         return splash
     # jax gives cuDNN's log-sum-exp in the output's 16 bits, too few to merge parts by.
     if platform == "gpu" and half and single and H % 8 == 0 and H <= 128 and T == S and part.readable.length_R is None:
-        return cudnn if part.readable.segments_BT is None else triton
+        if part.readable.segments_BT is None:
+            return cudnn
+        if even and part.readable.causal:
+            return triton
     return blocked if T > QUERY_BLOCK and (S > PLAIN_KEYS or part.readable.causal) else plain
 
 
@@ -319,23 +321,9 @@ def cudnn(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, 
 
 
 def triton(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, None]:
-    """JAX's flash attention for GPUs in Triton, which knows segments, and no grouped queries: keys are repeated."""
+    """A GPU's kernel for packed rows."""
     assert not with_lse
-    N, T, H = q_BNTH.shape[1:]
-    length = -(-T // TRITON_BLOCK) * TRITON_BLOCK
-    k, v = (jnp.repeat(x, N // x.shape[1], axis=1) for x in (part.k_RKSH, part.v_RKSH))
-    q, k, v = (_pad(x, 2, length, 0).swapaxes(1, 2) for x in (q_BNTH, k, v))
-    sizes = ("block_q", "block_k", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    out = triton_attention.mha(
-        q,
-        k,
-        v,
-        _pad(part.readable.segments_BT, 1, length, -1),
-        sm_scale=H**-0.5,
-        causal=part.readable.causal,
-        block_sizes=triton_attention.BlockSizes(**dict.fromkeys(sizes, TRITON_BLOCK)),
-    )
-    return out[:, :T].swapaxes(1, 2), None
+    return flash_triton.flash_attention(q_BNTH, part.k_RKSH, part.v_RKSH, part.readable.segments_BT), None
 
 
 def _pad(x: jax.Array, axis: int, length: int, value: int) -> jax.Array:

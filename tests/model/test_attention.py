@@ -59,7 +59,7 @@ def same(found, wanted):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels run anywhere, an operation at a time."""
-    for module, name in ((attention.splash_kernel, "make_splash_mha"), (attention.triton_attention, "mha")):
+    for module, name in ((attention.splash_kernel, "make_splash_mha"), (attention.flash_triton, "flash_attention")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
 
 
@@ -219,6 +219,7 @@ def test_devices_share_levels(tpu, monkeypatch, shape, rows):
         ("gpu", 2048, 2048, 128, "bfloat16", CAUSAL, True, "cudnn"),
         ("gpu", 100, 100, 64, "float16", CAUSAL, True, "cudnn"),
         ("gpu", 2048, 2048, 128, "bfloat16", packed(1, 2048), True, "triton"),
+        ("gpu", 2048, 2048, 96, "bfloat16", packed(1, 2048), True, "blocked"),
         ("gpu", 2048, 2048, 128, "bfloat16", CAUSAL, False, "blocked"),
         ("gpu", 2048, 2048, 256, "bfloat16", CAUSAL, True, "blocked"),
         ("gpu", 2048, 2048, 128, "float32", CAUSAL, True, "blocked"),
