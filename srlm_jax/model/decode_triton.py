@@ -24,6 +24,7 @@ from srlm_jax.model.ops import MASKED, merge_attention
 # Queries that a program holds at once: what a GPU's matrix units take at least, and what its registers hold.
 _QUERIES = (16, 32, 64)
 _PROGRAMS = 512  # that keep a GPU busy
+_BLOCKS = 8  # of a row's keys that a program has at least: with fewer it takes longer to merge what several found
 
 
 def block_size(slots: int) -> int | None:
@@ -47,7 +48,7 @@ def flash_decode(
     block = block_size(S)
     queries = next((n for n in _QUERIES if n >= Q), _QUERIES[-1])
     pieces = -(-Q // queries)
-    shares = max(1, min(_PROGRAMS // (R * K * pieces), S // (2 * block)))
+    shares = max(1, min(_PROGRAMS // (R * K * pieces), S // (_BLOCKS * block)))
     arrays = (layer.reshape(1), start_R, length_R, q_RKQH, *jax.tree.leaves((k_LRKSH, v_LRKSH)))
     made = (
         # What several found is rounded once it is one.
@@ -62,7 +63,8 @@ def flash_decode(
         in_specs=[*map(whole, arrays)],
         out_specs=[*map(whole, made)],
         out_shape=made,
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
+        # Few queries wait for memory, and are worked on by few threads so that many programs wait at once.
+        compiler_params=pltriton.CompilerParams(num_warps=2 if queries == _QUERIES[0] else 8, num_stages=3),
         interpret=interpret,
         name="flash_decode",
     )(*arrays)
@@ -81,25 +83,27 @@ def _kernel(layer_ref, start_ref, length_ref, q_ref, *refs, block, queries, shar
     there_Q = piece * queries + jnp.arange(queries) < q_ref.shape[2]
     q_QH = pltriton.load(q_ref.at[r, h, own, :], mask=there_Q[:, None], other=0.0)
 
-    def read(refs, first):
-        """A block's numbers and, of what is rounded, the scale of each slot."""
+    def read(refs, first, held_S):
+        """A block's numbers and, of what is rounded, the scale of each slot. What does not count does not leave memory,
+        though its block is worked on."""
         here = pl.ds(first, block)
-        numbers_SH = pltriton.load(refs[0].at[layer, r, h, here, :]).astype(q_QH.dtype)
-        return numbers_SH, pltriton.load(refs[1].at[layer, r, h, jnp.int32(0), here]) if len(refs) > 1 else None
+        numbers_SH = pltriton.load(refs[0].at[layer, r, h, here, :], mask=held_S[:, None], other=0).astype(q_QH.dtype)
+        if len(refs) == 1:
+            return numbers_SH, None
+        return numbers_SH, pltriton.load(refs[1].at[layer, r, h, jnp.int32(0), here], mask=held_S, other=0)
 
     def one(i, carry):
         sum_QH, top_Q, total_Q = carry
         first = (start // block + i) % (slots // block) * block
         half = len(stacks) // 2
-        (k_SH, k_scale_S), (v_SH, v_scale_S) = read(stacks[:half], first), read(stacks[half:], first)
         age_S = first + jnp.arange(block) - start
-        age_S = jnp.where(age_S < 0, age_S + slots, age_S)
-        held_S = (age_S < length)[None]
+        held_S = jnp.where(age_S < 0, age_S + slots, age_S) < length
+        (k_SH, k_scale_S), (v_SH, v_scale_S) = (read(refs, first, held_S) for refs in (stacks[:half], stacks[half:]))
         scores_QS = pltriton.dot(q_QH, k_SH, trans_b=True)
         scores_QS = scores_QS if k_scale_S is None else scores_QS * k_scale_S[None]
-        scores_QS = jnp.where(held_S, scores_QS, MASKED)
+        scores_QS = jnp.where(held_S[None], scores_QS, MASKED)
         new_Q = jnp.maximum(top_Q, jnp.max(scores_QS, axis=1))
-        weights_QS = jnp.where(held_S, jnp.exp(scores_QS - new_Q[:, None]), 0.0)
+        weights_QS = jnp.where(held_S[None], jnp.exp(scores_QS - new_Q[:, None]), 0.0)
         shrunk_Q = jnp.exp(top_Q - new_Q)
         total_Q = total_Q * shrunk_Q + jnp.sum(weights_QS, axis=1)
         weights_QS = weights_QS if v_scale_S is None else weights_QS * v_scale_S[None]

@@ -137,7 +137,7 @@ def test_no_block_is_read_that_holds_nothing_and_no_other_layer(interpreted, mon
     same(kernel(q, poisoned, with_lse=True), attention.plain(q, part, with_lse=True))
 
 
-@pytest.mark.parametrize(("R", "Q", "S"), [(2, 70, 48), (1, 3, 256)])
+@pytest.mark.parametrize(("R", "Q", "S"), [(2, 70, 48), (1, 3, 1024)])
 def test_a_gpu_s_programs_share_many_queries_and_few_rows(monkeypatch, R, Q, S):
     """70 queries are two programs of 64, and a row that nobody but two heads reads is shared by several."""
     part, grids = level(R, S, [S - 5] * R, [7] * R), []
