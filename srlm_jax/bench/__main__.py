@@ -31,7 +31,7 @@ _FOLDER = flags.DEFINE_string(
 _VS = flags.DEFINE_enum("vs", _ALONE, [_ALONE, "transformers", "trl", "tunix"], "What to compare with.")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "The peer's interpreter; if not given, .peers/NAME/bin/python.")
 _REPEAT = flags.DEFINE_integer("repeat", None, "How often to measure each; if not given, 5 for load, else 3.", 1)
-_UNSHARED = flags.DEFINE_bool("unshared", False, "judge: measure this package without sharing too.")
+_UNSHARED = flags.DEFINE_bool("unshared", False, "attention, judge: measure this package without sharing too.")
 _SAVING = flags.DEFINE_bool("saving", False, "sft, dpo: measure this package while it writes a train state too.")
 _GROWTH = flags.DEFINE_list("growth", [], "1,2,4,10: the same with so many times the work, and what a unit costs.")
 _MAKE = flags.DEFINE_list("make", [], "peers: which environments to make.")
@@ -154,7 +154,7 @@ def _setting(command: str, peer: str | None) -> Setting:
         repeat=_REPEAT.value or 3,
         peer=peer,
         peer_python=_PEER_PYTHON.value,
-        unshared=_UNSHARED.value and command == "judge",
+        unshared=_UNSHARED.value and command in ("attention", "judge"),
         saving=_SAVING.value and command in ("sft", "dpo"),
     )
 

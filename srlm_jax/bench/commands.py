@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from srlm_jax.bench import iteration, load, report, sampling, training
+from srlm_jax.bench import attention, iteration, load, report, sampling, training
 from srlm_jax.bench.ceilings import Ceilings
 from srlm_jax.bench.setting import Setting
 
 # What each command can be compared with.
 VS: dict[str, tuple[str, ...]] = {
     "load": tuple(load.PEERS),
+    "attention": (),
     "decode": ("transformers", "tunix"),
     "prefill": ("transformers",),
     "judge": ("transformers",),
@@ -19,6 +20,7 @@ VS: dict[str, tuple[str, ...]] = {
 }
 
 MEASURES: dict[str, Callable[[Setting, Ceilings], dict[str, object]]] = {
+    "attention": attention.measure,
     "decode": sampling.measure,
     "prefill": sampling.measure,
     "judge": sampling.measure,

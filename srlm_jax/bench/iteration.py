@@ -11,12 +11,11 @@ import time
 from srlm_jax.bench import batching, cost, sides
 from srlm_jax.bench.ceilings import Ceilings
 from srlm_jax.bench.peer_process import Peer, python_of, started
-from srlm_jax.bench.sampling import DRAW, agree, job, sample
-from srlm_jax.bench.setting import Setting, checkpoint, random_model, sample_mesh
+from srlm_jax.bench.sampling import DRAW, agree, job, longest, sample, to_sample
+from srlm_jax.bench.setting import Setting, checkpoint, random_model
 from srlm_jax.bench.sides import OURS, Side
 from srlm_jax.bench.training import BETA, Training, dpo_objective, numbered
 from srlm_jax.bench.workload import Tree, Workload, answering, best_and_worst, judging, judging_of, pairs_of
-from srlm_jax.sampling import engine
 
 _NAME = "transformers generate, DPOTrainer"
 
@@ -119,11 +118,13 @@ def _run_ours(setting: Setting, training: Training, asked: Tree) -> dict[str, fl
     batch, updates = updates_of(w)
     sides.forget_peak_memory()
     marks = [time.perf_counter()]
-    model = engine.decoding_model(training.model, sample_mesh())
-    samples, _ = sample(model, asked, DRAW, w.rows, w.steps)
+    model = to_sample(training.model)
+    samples, _ = sample(model, asked, DRAW, w.rows, w.steps, longest(asked))
     answers = tuple(tuple(one.ids for one in group[0]) for group in samples)
     marks.append(time.perf_counter())
-    sample(model, judging_of(w, vocabulary, asked, answers), DRAW, w.rows, w.steps)
+    judged = judging_of(w, vocabulary, asked, answers)
+    sample(model, judged, DRAW, w.rows, w.steps, longest(judged))
+    del model  # room for the training
     known = pairs_of(w, asked, answers)[: batch * updates]
     marks.append(time.perf_counter())
     made = batching.reference_pass(training.model, batching.pair_batches(numbered(known), batch))

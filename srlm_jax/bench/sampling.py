@@ -18,6 +18,7 @@ from srlm_jax.bench.setting import Setting, checkpoint, random_model, sample_mes
 from srlm_jax.bench.sides import OURS, Side
 from srlm_jax.bench.workload import Ids, Tree, Workload, answering, judging
 from srlm_jax.model.llama import Llama
+from srlm_jax.parallel import rules
 from srlm_jax.sampling import engine
 
 # What the peers can do: the script, and the ways in which it samples, each a row of its own.
@@ -91,7 +92,7 @@ def _parts(command: str, needs: Mapping[str, cost.Need]) -> dict[str, list[cost.
 def _sides(setting: Setting, tree: Tree, opened: contextlib.ExitStack) -> tuple[list[Side], dict[str, str]]:
     found, versions = [], {}
     for dtype in setting.dtypes:
-        model = engine.decoding_model(random_model(setting.of(dtype), setting.made_in), sample_mesh())
+        model = to_sample(random_model(setting.of(dtype), setting.made_in))
         found.append(Side(name=OURS, dtype=dtype, run=functools.partial(_run_ours, setting, model, tree)))
         if setting.unshared:
             alone = functools.partial(_run_ours, setting, model, tree.unshared())
@@ -119,17 +120,29 @@ def job(setting: Setting, folder: str, dtype: str) -> dict[str, object]:
 # --- this package -----------------------------------------------------------------------------------------------------
 
 
+def to_sample(model: Llama) -> Llama:
+    """`model` as it decodes fastest, each weight where sampling has it."""
+    apart = engine.decoding_model(model, sample_mesh())
+    return jax.device_put(apart, rules.model_shardings(sample_mesh(), rules.SAMPLE, apart))
+
+
+def longest(tree: Tree) -> int:
+    """The most tokens that a row is to write."""
+    return max(limit for _, limit in tree.rows)
+
+
 def sample(
-    model: Llama, tree: Tree, draw: Mapping[str, float], rows: int, steps: int
+    model: Llama, tree: Tree, draw: Mapping[str, float], rows: int, steps: int, most: int
 ) -> tuple[list[engine.Samples], dict[str, float]]:
-    """All rows of `tree`, each of its length; what took how long (`seconds`) and the engine's counts."""
+    """All rows of `tree`, each of its length, where there is room for `most` tokens; what took how long (`seconds`) and
+    the engine's counts."""
     work, mesh = engine.Work(), sample_mesh()
     sides.forget_peak_memory()
     start = time.perf_counter()
     samples = engine.sample(
         model,
         _groups(tree),
-        engine.Draw(samples=tree.samples, max_new_tokens=max(limit for _, limit in tree.rows), stops=(), **draw),
+        engine.Draw(samples=tree.samples, max_new_tokens=most, stops=(), **draw),
         key=jax.random.key(0),
         config=engine.EngineConfig(rows=rows, steps=steps, weights=None, cache=None),
         mesh=mesh,
@@ -148,9 +161,10 @@ def _groups(tree: Tree) -> list[engine.Group]:
 
 
 def _run_ours(setting: Setting, model: Llama, tree: Tree) -> dict[str, float]:
-    w = setting.workload
-    read = sample(model, tree.read_only(), DRAW, w.rows, w.steps)[1] if setting.command == "judge" else None
-    samples, found = sample(model, tree, DRAW, w.rows, w.steps)
+    run = functools.partial(sample, model, draw=DRAW, rows=setting.workload.rows, steps=setting.workload.steps)
+    # In the same room, and so by the same programs.
+    read = run(tree.read_only(), most=longest(tree))[1] if setting.command == "judge" else None
+    samples, found = run(tree, most=longest(tree))
     _check_complete(OURS, [[len(s.ids) for s in of_prompt] for group in samples for of_prompt in group], tree)
     return found if read is None else _with_reading(found, read)
 
@@ -214,7 +228,7 @@ def agree(setting: Setting, tree: Tree, script: str, methods: Sequence[str], pyt
 def greedy(model: Llama, prompts: Sequence[Ids], steps: int) -> tuple[list[Ids], np.ndarray]:
     """The most probable continuations by the engine, and by one forward pass the logits that led to each token."""
     tree = Tree(tuple((prompt,) for prompt in prompts), (((steps,),),) * len(prompts))
-    samples, _ = sample(model, tree, GREEDY, rows=len(prompts), steps=steps)
+    samples, _ = sample(model, tree, GREEDY, rows=len(prompts), steps=steps, most=steps)
     forced = [group[0][0].ids for group in samples]
     forward = jax.jit(_logits)
     logits = []

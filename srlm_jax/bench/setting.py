@@ -34,7 +34,7 @@ class Setting:
     repeat: int
     peer: str | None
     peer_python: str | None
-    unshared: bool  # judge: measure our own mode without sharing too
+    unshared: bool  # attention, judge: measure our own mode without sharing too
     saving: bool  # sft, dpo: measure our own training while a train state is written too
 
     def of(self, dtype: str) -> LlamaConfig:

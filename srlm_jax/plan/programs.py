@@ -98,7 +98,7 @@ def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
     instruction, answer = s.max_prompt_tokens, s.responses.max_new_tokens
 
     def shape(prompts: int, params: SamplingParams, prefix: int, shared: int, rest: int) -> SamplingShape:
-        slots = (engine.bucket(shared), engine.bucket(rest), engine.bucket(params.max_new_tokens))
+        slots = (engine.bucket(shared), engine.bucket(rest), engine.leaf_slots(params.max_new_tokens))
         room, at_once = engine.shape(s.engine, s.shard_prompts, prompts, params.samples, slots, STOP_LENGTH, data)
         return SamplingShape(room, at_once, prefix, params)
 

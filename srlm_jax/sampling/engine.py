@@ -98,6 +98,11 @@ def prefix_slots(length: int) -> int:
     return -(-length // 64) * 64
 
 
+def leaf_slots(max_new_tokens: int) -> int:
+    """Slots for what is decoded. It is the same number in all calls of a stage, so it need not be one of few."""
+    return bucket(max_new_tokens) if max_new_tokens <= 64 else -(-max_new_tokens // 32) * 32
+
+
 def _common(sequences: Sequence[Ids]) -> int:
     """Length of the longest common beginning: that of the first and the last in order."""
     first, last = min(sequences), max(sequences)
@@ -149,7 +154,7 @@ class _Layout:
         prefix = _common(heads) // 16 * 16 if len(groups) > 1 else 0
         shared = tuple(_common([prompt[:-1] for prompt in group.prompts]) - prefix for group in groups)
         rest = [len(p) - 1 - prefix - n for group, n in zip(groups, shared, strict=True) for p in group.prompts]
-        slots = (bucket(max(shared)), bucket(max(rest)), bucket(max_new_tokens))
+        slots = (bucket(max(shared)), bucket(max(rest)), leaf_slots(max_new_tokens))
         return cls(heads[0][:prefix], shared, slots, max(len(group.prompts) for group in groups))
 
 

@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srlm_jax.bench import batching, ceilings, commands, cost, peer_process, report, sampling, sides, training
+from srlm_jax.bench import (
+    attention,
+    batching,
+    ceilings,
+    commands,
+    cost,
+    peer_process,
+    report,
+    sampling,
+    sides,
+    training,
+)
 from srlm_jax.bench.ceilings import Ceilings
 from srlm_jax.bench.setting import Setting
 from srlm_jax.bench.sides import OURS, Side
@@ -72,6 +83,17 @@ def test_judging_shares_and_without_sharing_reads_more(setting):
     assert alone["prefilled_tokens"] == work["prompt_tokens"]
     assert shared["sampled_tokens"] == alone["sampled_tokens"] == work["new_tokens"]
     assert found["ratio"]["seconds"].keys() == {"ours, nothing shared"}
+
+
+def test_attention_reads_less_of_levels_than_of_copies_and_finds_the_same(setting, monkeypatch):
+    found = commands.measured(setting("attention", unshared=True), TOP)
+    # A template of 6, an instruction of 4, two answers of 4 and what is behind them, half of each of their judgements.
+    assert found["work"] == {"steps": 4, "rows": 4, "tokens_of_a_row": 19, "tokens_of_all_rows": 6 + 4 + 2 * 7 + 4 * 2}
+    assert [side["name"] for side in found["summary"]] == ["ours", "ours, nothing shared"]
+    copies = attention._copies
+    monkeypatch.setattr(attention, "_copies", lambda levels, rows: copies([levels[1], *levels[1:]], rows))
+    with pytest.raises(ValueError, match="shared levels give other outputs than copies in float32"):
+        commands.measured(setting("attention"), TOP)
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo"])
