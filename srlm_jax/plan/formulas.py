@@ -3,11 +3,11 @@
 The compiler's own count takes a loop's body once, so these formulas count what the loops run; tests hold them against
 the compiler's count of programs without loops. Everything is for one chip of a mesh of `data` x `fsdp` x `tensor`.
 
-No attention score passes between chip and memory: the kernels of TPUs and GPUs keep them (`model.attention`). A prefill
-that merges levels on a GPU has none and is slower than its formula.
+No attention score passes between chip and memory: the kernels of TPUs and GPUs keep them (`model.attention`).
 """
 
 import dataclasses
+import math
 
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.sampling.decode import Shape
@@ -181,7 +181,7 @@ def prefill_cost(c: LlamaConfig, split: Split, room: Shape, at_once: int, weight
     tokens = own * (shared + room.prompts * rest)
     written = tokens * kv_token_bytes(c, room.cache) / split.tensor
     # Each chunk of the group's level and of the prompts' is a pass over all weights.
-    passes = sum(max(1, slots // CHUNK) for slots in (shared, rest))
+    passes = sum(math.ceil(slots / CHUNK) for slots in (shared, rest))
     return Cost(
         flops=flops / split.tensor,
         memory_bytes=passes * sample_bytes(c, weights) / split.weights + written,

@@ -1,4 +1,5 @@
-"""What a compiled program's text says of the traffic between chips and of the operations of its matrix products.
+"""What a compiled program's text says of the traffic between chips and with their memory, and of the operations of its
+matrix products.
 
 The text is XLA's own (HLO). A loop's body is written once, so what stands in it is multiplied by how often it runs.
 """
@@ -109,6 +110,92 @@ def product_flops(text: str, *, unknown_trips: Sequence[int]) -> float:
             if one.opcode in counts
         )
     )
+
+
+# What is a name for something that is there, or is counted where it ends.
+_NOTHING_MOVES = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
+_CUTS = {"dynamic-slice", "slice", "gather"}
+_STACK = re.compile(r"[a-z]+\d*\[(\d+)(?:,\d+){4}\]")
+_FAST_MEMORY = re.compile(r"\b[a-z]+\d*[a-z\d]*\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")
+
+
+def memory_bytes(text: str, *, unknown_trips: Sequence[int]) -> float:
+    """Bytes between one chip and its memory, over a whole program for TPUs: what its operations read and write, but for
+    what stays in the chip's fast memory. Of what is cut out or updated in place that part counts; and of a stack
+    of layers of a cache (five axes) that a kernel is given one layer, all of its slots. `unknown_trips` as for
+    `collectives`."""
+    lines, entry = computations(text)
+    found = {name: {one[1]: one for line in inside if (one := _OPCODE.match(line))} for name, inside in lines.items()}
+    fused = {
+        called for inside in found.values() for one in inside.values() if one[3] == "fusion" for called in _called(one)
+    }
+
+    def read(one: re.Match, inside: Mapping[str, re.Match], name: str) -> float:
+        """What an instruction reads of one of its operands."""
+        whole, operands = _in_memory(inside[name][2], fast=True), _names(one)
+        if one[3] in _CUTS and operands[0] == name:
+            return min(whole, _in_memory(one[2], fast=True))
+        if one[3] == "dynamic-update-slice" and operands[0] == name:
+            return 0.0
+        if one[3] == "bitcast":
+            return read_by_all(inside, one[1])
+        if one[3] == "fusion":
+            callee = found[_called(one)[0]]
+            places = {
+                int(re.search(r"parameter\((\d+)\)", p.string)[1]): p[1] for p in callee.values() if p[3] == "parameter"
+            }
+            return min(whole, sum(read_by_all(callee, places[i]) for i, other in enumerate(operands) if other == name))
+        return whole
+
+    def read_by_all(inside: Mapping[str, re.Match], name: str) -> float:
+        whole = _in_memory(inside[name][2], fast=True)
+        return min(whole, sum(read(one, inside, name) for one in inside.values() if name in _names(one)))
+
+    def written(one: re.Match, inside: Mapping[str, re.Match]) -> float:
+        if one[3] == "dynamic-update-slice":
+            return _in_memory(inside[_names(one)[1]][2], fast=True)
+        if one[3] == "bitcast" and _names(one)[0] in inside:
+            return written(inside[_names(one)[0]], inside)
+        if one[3] == "fusion":
+            callee = found[_called(one)[0]]
+            return written(next(x for x in callee.values() if x.string.lstrip().startswith("ROOT")), callee)
+        return _in_memory(one[2], fast=True)
+
+    def moved(one: re.Match, inside: Mapping[str, re.Match]) -> float:
+        if one[3] in _NOTHING_MOVES or one[3].endswith("-start"):
+            return 0.0
+        if one[3].endswith("-done"):
+            return _in_memory(one[2], fast=True) + _in_memory(one[2])
+        operands = [(name, _in_memory(inside[name][2])) for name in dict.fromkeys(_names(one))]
+        if one[3] == "custom-call":
+            if 'custom_call_target="tpu_custom_call"' not in one.string:
+                return 0.0
+            stacks = {name: _STACK.match(inside[name][2]) for name, _ in operands}
+            return _in_memory(one[2]) + sum(n / int(stacks[name][1] if stacks[name] else 1) for name, n in operands)
+        return min(_in_memory(one[2]), written(one, inside)) + sum(
+            min(size, read(one, inside, name)) for name, size in operands
+        )
+
+    return sum(
+        one.runs * moved(found[one.computation][one.name], found[one.computation])
+        for one in _walk(lines, entry, 1, "", _unending(unknown_trips))
+        if one.computation not in fused
+    )
+
+
+def _names(one: re.Match) -> list[str]:
+    """The operands of an instruction."""
+    given = re.search(rf" {one[3]}\((.*?)\)(?:,|$)", one.string)
+    return re.findall(r"%([\w.\-]+)", given[1]) if given else []
+
+
+def _called(one: re.Match) -> list[str]:
+    return [called.strip().lstrip("%") for group in _CALLED.findall(one.string) for called in group.split(",")]
+
+
+def _in_memory(shape: str, *, fast: bool = False) -> float:
+    """Bytes of the arrays of a type; without those in fast memory, unless these are wanted too."""
+    return sum(size for _, size in array_bytes(shape if fast else _FAST_MEMORY.sub("", shape)))
 
 
 def _unending(numbers: Sequence[int]) -> Iterator[int]:

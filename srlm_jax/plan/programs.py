@@ -64,6 +64,7 @@ class Compiled:
     aliased: int  # of the output, what takes an argument's place
     collectives: list[hlo.Collective] | None  # None: the compiler cannot write its program down
     product_flops: float | None  # of all matrix products outside kernels; None as above
+    memory_bytes: float | None  # between a chip and its memory, as `hlo.memory_bytes` counts them; None as above
     wall_s: float
     cpu_s: float
     host_bytes: int  # the most memory that this process has had so far
@@ -321,8 +322,11 @@ def compile_program(program: Program) -> Compiled | TooLarge:
         text = compiled.as_text()
         collectives = hlo.collectives(text, unknown_trips=program.unknown_trips)
         products = hlo.product_flops(text, unknown_trips=program.unknown_trips)
+        moved = hlo.memory_bytes(text, unknown_trips=program.unknown_trips)
     except jax.errors.JaxRuntimeError:
-        collectives = products = None  # a libtpu newer than its jax writes some exchanges in a form unknown to it
+        collectives = products = moved = (
+            None  # a libtpu newer than its jax writes some exchanges in a form unknown to it
+        )
     return Compiled(
         arguments=said.argument_size_in_bytes,
         output=said.output_size_in_bytes,
@@ -330,6 +334,7 @@ def compile_program(program: Program) -> Compiled | TooLarge:
         aliased=said.alias_size_in_bytes,
         collectives=collectives,
         product_flops=products,
+        memory_bytes=moved,
         wall_s=time.perf_counter() - wall,
         cpu_s=time.process_time() - cpu,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

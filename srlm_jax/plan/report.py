@@ -173,6 +173,7 @@ def document(plan: Plan, price: float | None) -> dict[str, object]:
                 "aliased": compiled.aliased,
                 "collectives": None if compiled.collectives is None else hlo.by_kind(compiled.collectives),
                 "product_flops": compiled.product_flops,
+                "memory_bytes": compiled.memory_bytes,
                 "wall_s": compiled.wall_s,
                 "cpu_s": compiled.cpu_s,
                 "host_bytes": compiled.host_bytes,

@@ -265,7 +265,7 @@ def test_the_platform_is_that_of_the_mesh_though_this_process_has_none_of_its_de
     ids=["cudnn", "triton", "plain"],
 )
 def test_a_gpu_is_given_its_kernels_forward_and_back(monkeypatch, readable, dtype, calls):
-    """Lowered for a GPU that is not there; nothing here has run on one."""
+    """Lowered for a GPU that is not there."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
     q, k, v = (jax.ShapeDtypeStruct((4, heads, 128, 64), dtype) for heads in (4, 2, 2))
 

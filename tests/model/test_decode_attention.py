@@ -155,7 +155,7 @@ def test_a_gpu_s_programs_share_many_queries_and_few_rows(monkeypatch, R, Q, S):
 
 
 def test_a_gpu_is_given_its_kernel_for_decoding():
-    """Lowered for a GPU that is not there; nothing here has run on one."""
+    """Lowered for a GPU that is not there."""
     device = jax.sharding.AbstractDevice(device_kind="described", num_cores=None, platform="gpu")
     types = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"), types, abstract_device=device)

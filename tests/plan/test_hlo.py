@@ -213,6 +213,73 @@ def test_a_loop_that_the_compiler_has_unrolled_runs_less_often():
     assert once_each.runs == 7
 
 
+# A step that reads one layer of three, writes a row of six, and hands a kernel a cache of four layers. S(1) is a TPU's
+# fast memory.
+TRAFFIC = """HloModule jit_decode
+
+%sliced (p0: bf16[3,8,4], p1: s32[]) -> bf16[8,4] {
+  %w.1 = bf16[3,8,4]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i.1 = s32[]{:T(128)} parameter(1)
+  %cut = bf16[1,8,4]{2,1,0:T(8,128)(2,1)} dynamic-slice(%w.1, %i.1), dynamic_slice_sizes={1,8,4}
+  ROOT %flat = bf16[8,4]{1,0:T(8,128)(2,1)} bitcast(%cut)
+}
+
+%product (p0: bf16[2,8], p1: bf16[3,8,4], p2: s32[]) -> bf16[2,4] {
+  %x.2 = bf16[2,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %w.2 = bf16[3,8,4]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %i.2 = s32[]{:T(128)} parameter(2)
+  %layer = bf16[8,4]{1,0:T(8,128)(2,1)} fusion(%w.2, %i.2), kind=kLoop, calls=%sliced
+  ROOT %y.2 = bf16[2,4]{1,0:T(8,128)(2,1)S(1)} convolution(%x.2, %layer), dim_labels=bf_io->bf
+}
+
+%put (p0: f32[6,2], p1: f32[1,2], p2: s32[]) -> f32[6,2] {
+  %ring.3 = f32[6,2]{1,0:T(8,128)} parameter(0)
+  %new.3 = f32[1,2]{1,0:T(8,128)} parameter(1)
+  %i.3 = s32[]{:T(128)} parameter(2)
+  ROOT %ring.4 = f32[6,2]{1,0:T(8,128)} dynamic-update-slice(%ring.3, %new.3, %i.3)
+}
+
+%cond (p: (s32[], bf16[3,8,4], f32[6,2], bf16[4,2,2,16,8])) -> pred[] {
+  %i.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=0
+  %end = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i.4, %end), direction=LT
+}
+
+%body (p: (s32[], bf16[3,8,4], f32[6,2], bf16[4,2,2,16,8])) -> (s32[], bf16[3,8,4], f32[6,2], bf16[4,2,2,16,8]) {
+  %p.5 = (s32[]{:T(128)}, bf16[3,8,4]{2,1,0}, f32[6,2]{1,0}, bf16[4,2,2,16,8]{4,3,2,1,0}) parameter(0)
+  %i.5 = s32[]{:T(128)S(1)} get-tuple-element(%p.5), index=0
+  %w.5 = bf16[3,8,4]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p.5), index=1
+  %ring.5 = f32[6,2]{1,0:T(8,128)} get-tuple-element(%p.5), index=2
+  %kv.5 = bf16[4,2,2,16,8]{4,3,2,1,0:T(8,128)(2,1)} get-tuple-element(%p.5), index=3
+  %x.5 = bf16[2,8]{1,0:T(8,128)(2,1)S(1)} copy(%i.5)
+  %y.5 = bf16[2,4]{1,0:T(8,128)(2,1)S(1)} fusion(%x.5, %w.5, %i.5), kind=kOutput, calls=%product
+  %out.5 = f32[1,2]{1,0:T(8,128)} custom-call(%y.5, %kv.5), custom_call_target="tpu_custom_call"
+  %ring.6 = f32[6,2]{1,0:T(8,128)} fusion(%ring.5, %out.5, %i.5), kind=kLoop, calls=%put
+  ROOT %r = (s32[], bf16[3,8,4], f32[6,2], bf16[4,2,2,16,8]) tuple(%i.5, %w.5, %ring.6, %kv.5)
+}
+
+ENTRY %main (a: f32[100], t: (s32[], bf16[3,8,4], f32[6,2], bf16[4,2,2,16,8])) -> f32[100] {
+  %a.7 = f32[100]{0:T(128)} parameter(0)
+  %t.7 = (s32[]{:T(128)}, bf16[3,8,4]{2,1,0}, f32[6,2]{1,0}, bf16[4,2,2,16,8]{4,3,2,1,0}) parameter(1)
+  %b.7 = f32[100]{0:T(128)} copy(%a.7)
+  %s.7 = (f32[100]{0:T(128)}, f32[100]{0:T(128)S(1)}, u32[]) copy-start(%b.7)
+  %d.7 = f32[100]{0:T(128)S(1)} copy-done(%s.7)
+  %w.7 = (s32[], bf16[3,8,4], f32[6,2], bf16[4,2,2,16,8]) while(%t.7), condition=%cond, body=%body
+  ROOT %e.7 = f32[100]{0:T(128)S(1)} add(%d.7, %d.7)
+}
+"""
+
+
+def test_what_passes_between_a_chip_and_its_memory():
+    layer, row, cache = 8 * 4 * 2, 2 * 4, 2 * 2 * 16 * 8 * 2
+    step = layer + (cache + row) + (row + row)  # the kernel's result is written, read, and put into the ring
+    once = 2 * 400 + 400  # copied, and then fetched
+    assert hlo.memory_bytes(TRAFFIC, unknown_trips=(1,)) == 5 * step + once
+    # A layer that is used whole besides is read whole.
+    whole = TRAFFIC.replace("convolution(%x.2, %layer)", "convolution(%w.2, %layer)")
+    assert hlo.memory_bytes(whole, unknown_trips=(1,)) == 5 * (step + 2 * layer) + once
+
+
 def test_sums_by_kind():
     sums = hlo.by_kind(hlo.collectives(TPU, unknown_trips=(2,)))
     assert sums["collective-permute"] == {"count": 16, "bytes": 16 * 32}
