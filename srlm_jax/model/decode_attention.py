@@ -87,6 +87,10 @@ def flash_decode(
         layer, r, h, i, _ = keys(*indices)
         return layer, r, h, 0, i
 
+    stacks = jax.tree.leaves((k_LRKSH, v_LRKSH))
+    if not interpret:
+        # Where fast memory has room, the compiler would bring all layers of a small level there for each of them.
+        stacks = [pltpu.with_memory_space_constraint(stack, pltpu.HBM) for stack in stacks]
     of_keys = pl.BlockSpec((1, 1, heads, block, H), keys)
     of_scales = [pl.BlockSpec((1, 1, heads, 1, block), scales)] if scaled else []
     out, lse = pl.pallas_call(
@@ -109,7 +113,7 @@ def flash_decode(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="flash_decode",
-    )(layer.reshape(1), start_R, length_R, q_RKQH, *jax.tree.leaves((k_LRKSH, v_LRKSH)))
+    )(layer.reshape(1), start_R, length_R, q_RKQH, *stacks)
     return out, lse[..., 0]
 
 
