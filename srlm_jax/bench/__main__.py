@@ -30,6 +30,7 @@ _FOLDER = flags.DEFINE_string(
 )
 _VS = flags.DEFINE_enum("vs", _ALONE, [_ALONE, "transformers", "trl", "tunix"], "What to compare with.")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "The peer's interpreter; if not given, .peers/NAME/bin/python.")
+_PEER_ROWS = flags.DEFINE_integer("peer_rows", None, "Rows that a peer samples at once; if not given, as many.", 1)
 _REPEAT = flags.DEFINE_integer("repeat", None, "How often to measure each; if not given, 5 for load, else 3.", 1)
 _UNSHARED = flags.DEFINE_bool("unshared", False, "attention, judge: measure this package without sharing too.")
 _SAVING = flags.DEFINE_bool("saving", False, "sft, dpo: measure this package while it writes a train state too.")
@@ -145,15 +146,17 @@ def _setting(command: str, peer: str | None) -> Setting:
     given = {name: flag.value for name, flag in _SIZES.items() if flag.value is not None}
     shape = _SHAPE.value or "110m"
     config = SHAPES[shape]()
+    workload = dataclasses.replace(default(command, cpu=cpu), **given)
     return Setting(
         command=command,
         shape=shape,
         config=config if _REMAT.value is None else dataclasses.replace(config, remat=_REMAT.value),
         dtypes=_dtypes(("float32",) if cpu else ("bfloat16",), ("float32", "bfloat16"), most=2),
-        workload=dataclasses.replace(default(command, cpu=cpu), **given),
+        workload=workload,
         repeat=_REPEAT.value or 3,
         peer=peer,
         peer_python=_PEER_PYTHON.value,
+        peer_rows=_PEER_ROWS.value or workload.rows,
         unshared=_UNSHARED.value and command in ("attention", "judge"),
         saving=_SAVING.value and command in ("sft", "dpo"),
     )

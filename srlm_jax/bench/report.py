@@ -29,6 +29,7 @@ def document(setting: Setting, ceilings: Ceilings, measured: Mapping[str, object
         "workload": dataclasses.asdict(setting.workload),
         "work": measured["work"],
         "units": measured["units"],
+        "peer_rows": setting.peer_rows,
         "repeat": setting.repeat,
         "ceilings": dataclasses.asdict(ceilings),
         "device_peak_bytes": device_peak(),

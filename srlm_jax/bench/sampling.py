@@ -114,7 +114,7 @@ def _sides(setting: Setting, tree: Tree, opened: contextlib.ExitStack) -> tuple[
 def job(setting: Setting, folder: str, dtype: str) -> dict[str, object]:
     """What a peer is told first: which model, where and in which type."""
     place = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    return {"folder": folder, "dtype": dtype, "device": place, "rows": setting.workload.rows}
+    return {"folder": folder, "dtype": dtype, "device": place, "rows": setting.peer_rows}
 
 
 # --- this package -----------------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def _check_complete(name: str, lengths: list[list[int]], tree: Tree) -> None:
 
 
 def _run_peer(setting: Setting, peer: Peer, method: str, tree: Tree) -> dict[str, float]:
-    read = ask(peer, method, tree.read_only(), DRAW, setting.workload.rows) if setting.command == "judge" else None
-    found = ask(peer, method, tree, DRAW, setting.workload.rows)
+    read = ask(peer, method, tree.read_only(), DRAW, setting.peer_rows) if setting.command == "judge" else None
+    found = ask(peer, method, tree, DRAW, setting.peer_rows)
     return found if read is None else _with_reading(found, read)
 
 

@@ -34,6 +34,7 @@ class Setting:
     repeat: int
     peer: str | None
     peer_python: str | None
+    peer_rows: int  # that the peer samples at once
     unshared: bool  # attention, judge: measure our own mode without sharing too
     saving: bool  # sft, dpo: measure our own training while a train state is written too
 

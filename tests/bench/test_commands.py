@@ -6,6 +6,7 @@ import functools
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ from srlm_jax.bench import (
     training,
 )
 from srlm_jax.bench.ceilings import Ceilings
-from srlm_jax.bench.setting import Setting
+from srlm_jax.bench.setting import Setting, random_model, sample_mesh, train_mesh
 from srlm_jax.bench.sides import OURS, Side
 from srlm_jax.bench.workload import CPU, documents
 from srlm_jax.storage import jsonl
@@ -43,7 +44,7 @@ def setting(tiny_config):
     def make(command, **changes):
         chosen = Setting(
             command=command, shape="tiny", config=tiny_config, dtypes=("float32",), workload=SMALL, repeat=1,
-            peer=None, peer_python=None, unshared=False, saving=False,
+            peer=None, peer_python=None, peer_rows=SMALL.rows, unshared=False, saving=False,
         )  # fmt: skip
         return dataclasses.replace(chosen, **changes)
 
@@ -201,6 +202,18 @@ def test_other_log_probabilities_stop_a_comparison():
     training.check_logprobs("theirs", ours, ours + 0.005, [10, 20])
     with pytest.raises(ValueError, match=r"theirs gives document 1 a log-probability of -19\.9"):
         training.check_logprobs("theirs", ours, np.asarray([-10.0, -19.9]), [10, 20])
+
+
+def test_a_peer_is_told_how_many_rows_it_may_sample_at_once(setting):
+    told = sampling.job(setting("decode", peer="transformers", peer_rows=1), "folder", "float32")
+    assert (told["rows"], told["folder"], told["dtype"]) == (1, "folder", "float32")
+
+
+def test_what_is_sampled_with_lies_where_sampling_has_it(setting):
+    """A program must not be given arrays of two meshes, where a kernel runs on one of them."""
+    model = random_model(setting("decode").config, "float32")
+    meshes = lambda model: {leaf.sharding.mesh for leaf in jax.tree.leaves(model)}
+    assert (meshes(model), meshes(sampling.to_sample(model))) == ({train_mesh()}, {sample_mesh()})
 
 
 def test_rows_of_another_length_stop_a_comparison(setting):
