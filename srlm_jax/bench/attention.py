@@ -66,7 +66,7 @@ def _sides(setting: Setting, dtype: str, tokens: list[tuple[int, int]]) -> list[
     levels = [_level(c, rows, count, i) for i, (rows, count) in enumerate(tokens)]
     copies = [_copies(levels, rows)]
     attend = jax.jit(lambda q_BN1H, parts: attention.attend(q_BN1H, parts, [], None))
-    with jax.set_mesh(sample_mesh()):
+    with jax.set_mesh(sample_mesh()), jax.default_matmul_precision("highest"):
         found, wanted = (np.asarray(attend(q_BN1H, parts), np.float32) for parts in (levels, copies))
     apart = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
     if not apart <= _TOLERANCE[dtype]:

@@ -64,7 +64,7 @@ def flash_decode(
         out_specs=[*map(whole, made)],
         out_shape=made,
         # Few queries wait for memory, and are worked on by few threads so that many programs wait at once.
-        compiler_params=pltriton.CompilerParams(num_warps=2 if queries == _QUERIES[0] else 8, num_stages=3),
+        compiler_params=pltriton.CompilerParams(num_warps=queries // 8, num_stages=3),
         interpret=interpret,
         name="flash_decode",
     )(*arrays)
