@@ -17,7 +17,7 @@ from srlm_jax.bench.workload import SHAPES
 from srlm_jax.model import sources
 
 ROOT = Path(__file__).parents[1]
-KNOWN = "load, decode, prefill, judge, sft, dpo, iteration, all, peers"
+KNOWN = "load, attention, decode, prefill, judge, sft, dpo, iteration, all, peers"
 FIELDS = {field.name for field in dataclasses.fields(load.Load)}
 
 
@@ -162,11 +162,22 @@ def test_the_command_prints_a_table_and_writes_the_same(tmp_path):
         (("load", "--folder=tests"), "error: tests holds no model: none of manifest.json, config.json, params.json"),
         (("load", "--dtype=int8"), "error: --dtype=int8: give float32 or bfloat16 or float16\n"),
         (("judge", "--vs=tunix"), "error: --vs=tunix: judge is compared with transformers\n"),
+        (("attention", "--vs=trl"), "error: --vs=trl: attention is compared with none\n"),
         (("dpo", "--vs=trl", "--peer_python=/no"), "error: --peer_python=/no is not there: make it by python -m"),
         (("decode", "--growth=1,x"), "error: --growth=1,x: give whole numbers from 1, as in 1,2,4,10\n"),
         (("peers",), "error: say which: --make=transformers,trl,tunix\n"),
     ],
-    ids=["nothing", "unknown", "no model", "no type", "no such comparison", "no peer", "no number", "no name"],
+    ids=[
+        "nothing",
+        "unknown",
+        "no model",
+        "no type",
+        "no such comparison",
+        "no comparison",
+        "no peer",
+        "no number",
+        "no name",
+    ],
 )
 def test_an_error_is_one_line(arguments, error):
     done = command(*arguments)

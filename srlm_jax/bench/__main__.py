@@ -69,7 +69,7 @@ def run(command: str) -> tuple[object, str]:
     peer = None if _VS.value == _ALONE else _VS.value
     known = sorted({name for names in VS.values() for name in names}) if command == "all" else VS[command]
     if peer is not None and peer not in known:
-        raise ValueError(f"--vs={peer}: {command} is compared with {' or '.join(known)}")
+        raise ValueError(f"--vs={peer}: {command} is compared with {' or '.join(known) or 'none'}")
     if command == "load":
         return _load(peer)
     times = _times()
