@@ -85,8 +85,12 @@ class Work:
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to 0, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 768, ...: few sizes, so few
-    compilations, and each of them either one chunk of a prefill or several whole ones."""
+    """`length` rounded up to 0, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512, 768, 1,024 and then by a quarter of
+    each of its doublings: few sizes, so few compilations, and each of them either one chunk of a prefill or several
+    whole ones."""
+    if length > 1_024:
+        step = 1 << (length - 1).bit_length() - 3
+        return -(-length // step) * step
     size = 8 if length else 0
     while size < length or (size > CHUNK and size % CHUNK):
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

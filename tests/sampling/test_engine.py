@@ -331,7 +331,8 @@ def test_prompts_of_many_lengths_share_few_compilations(run):
 
 def test_buckets_are_few_and_waste_little():
     assert [bucket(n) for n in (0, 1, 8, 9, 12, 13, 17, 25, 33, 49)] == [0, 8, 8, 12, 12, 16, 24, 32, 48, 64]
-    assert len({bucket(n) for n in range(1, 4097)}) == 18
+    assert [bucket(n) for n in (129, 769, 1024, 1025, 1281, 2048, 2049)] == [256, 1024, 1024, 1280, 1536, 2048, 2560]
+    assert len({bucket(n) for n in range(1, 4097)}) == 22
     assert all(n <= bucket(n) <= max(8, 2 * n if 128 < n <= 256 else 1.5 * n) for n in range(1, 4097))
     assert all(bucket(n) <= 128 or bucket(n) % prefill.CHUNK == 0 for n in range(1, 4097))
 
