@@ -17,8 +17,8 @@ from srlm_jax.model import attention
 from srlm_jax.model import cache as kv
 from srlm_jax.model.attention import ALL, Part
 from srlm_jax.model.config import LlamaConfig
+from srlm_jax.sampling import engine
 
-_SLOTS = 64  # of which every level has a multiple
 # Of outputs, as a share of their norm: both ways round at other places.
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -36,7 +36,7 @@ def measure(setting: Setting, ceilings: Ceilings) -> dict[str, object]:
     compared, needs = [], {}
     for dtype in setting.dtypes:
         compared += _sides(setting, dtype, tokens)
-        flops, read = 4.0 * c.L * c.N * c.H * rows * context, unique * cost.kv_token_bytes(c, dtype)
+        flops, read = rows * cost.attention_flops(c, context - 1, 1), unique * cost.kv_token_bytes(c, dtype)
         need = cost.Need(tokens=w.steps * rows, flops=w.steps * flops, memory_bytes=w.steps * read)
         needs[dtype] = {"seconds": [need]}
     runs = sides.measure(compared, setting.repeat, setting.command)
@@ -79,7 +79,7 @@ def _sides(setting: Setting, dtype: str, tokens: list[tuple[int, int]]) -> list[
 
 def _level(config: LlamaConfig, rows: int, tokens: int, seed: int) -> Part:
     """Rows of random keys and values of a layer, so many of which hold something."""
-    (empty,) = kv.empty(config, (1,), rows, -(-tokens // _SLOTS) * _SLOTS, None)
+    (empty,) = kv.empty(config, (1,), rows, engine.prefix_slots(tokens), None)
     k, v = (jax.random.normal(key, empty.shape, empty.dtype) for key in jax.random.split(jax.random.key(seed + 1)))
     return Part(k, v, jnp.int32(0), dataclasses.replace(ALL, length_R=jnp.full(rows, tokens)))
 
@@ -87,7 +87,7 @@ def _level(config: LlamaConfig, rows: int, tokens: int, seed: int) -> Part:
 def _copies(levels: list[Part], rows: int) -> Part:
     """All levels as one, of which each of so many rows has its own."""
     tokens = [int(level.readable.length_R[0]) for level in levels]
-    pad = -sum(tokens) % _SLOTS
+    pad = engine.prefix_slots(sum(tokens)) - sum(tokens)
 
     def joined(stacks: list[jax.Array]) -> jax.Array:
         each = [jnp.repeat(x[:, :, :count], rows // len(x), axis=0) for x, count in zip(stacks, tokens, strict=True)]

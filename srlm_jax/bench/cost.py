@@ -89,7 +89,7 @@ def writing(c: LlamaConfig, tree: Tree, rows: int, dtype: str) -> Need:
     """Decoding all rows, `rows` at once: a step reads all weights, each row's own keys and values, and those that rows
     share once."""
     tokens = tree.tokens
-    steps = max(-(-tokens // rows), max(limit for _, limit in tree.rows))
+    steps = max(-(-tokens // rows), tree.longest)
     prefix, groups = _levels(tree)
     read = prefix * steps + sum(limit * (limit + 1) // 2 for _, limit in tree.rows)
     for (shared, rests), limits in zip(groups, tree.limits, strict=True):

@@ -11,7 +11,7 @@ import time
 from srlm_jax.bench import batching, cost, sides
 from srlm_jax.bench.ceilings import Ceilings
 from srlm_jax.bench.peer_process import Peer, python_of, started
-from srlm_jax.bench.sampling import DRAW, agree, job, longest, sample, to_sample
+from srlm_jax.bench.sampling import DRAW, agree, job, sample, to_sample
 from srlm_jax.bench.setting import Setting, checkpoint, random_model
 from srlm_jax.bench.sides import OURS, Side
 from srlm_jax.bench.training import BETA, Training, dpo_objective, numbered
@@ -119,11 +119,11 @@ def _run_ours(setting: Setting, training: Training, asked: Tree) -> dict[str, fl
     sides.forget_peak_memory()
     marks = [time.perf_counter()]
     model = to_sample(training.model)
-    samples, _ = sample(model, asked, DRAW, w.rows, w.steps, longest(asked))
+    samples, _ = sample(model, asked, DRAW, w.rows, w.steps, asked.longest)
     answers = tuple(tuple(one.ids for one in group[0]) for group in samples)
     marks.append(time.perf_counter())
     judged = judging_of(w, vocabulary, asked, answers)
-    sample(model, judged, DRAW, w.rows, w.steps, longest(judged))
+    sample(model, judged, DRAW, w.rows, w.steps, judged.longest)
     del model  # room for the training
     known = pairs_of(w, asked, answers)[: batch * updates]
     marks.append(time.perf_counter())

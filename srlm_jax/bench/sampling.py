@@ -126,11 +126,6 @@ def to_sample(model: Llama) -> Llama:
     return jax.device_put(apart, rules.model_shardings(sample_mesh(), rules.SAMPLE, apart))
 
 
-def longest(tree: Tree) -> int:
-    """The most tokens that a row is to write."""
-    return max(limit for _, limit in tree.rows)
-
-
 def sample(
     model: Llama, tree: Tree, draw: Mapping[str, float], rows: int, steps: int, most: int
 ) -> tuple[list[engine.Samples], dict[str, float]]:
@@ -163,8 +158,8 @@ def _groups(tree: Tree) -> list[engine.Group]:
 def _run_ours(setting: Setting, model: Llama, tree: Tree) -> dict[str, float]:
     run = functools.partial(sample, model, draw=DRAW, rows=setting.workload.rows, steps=setting.workload.steps)
     # In the same room, and so by the same programs.
-    read = run(tree.read_only(), most=longest(tree))[1] if setting.command == "judge" else None
-    samples, found = run(tree, most=longest(tree))
+    read = run(tree.read_only(), most=tree.longest)[1] if setting.command == "judge" else None
+    samples, found = run(tree, most=tree.longest)
     _check_complete(OURS, [[len(s.ids) for s in of_prompt] for group in samples for of_prompt in group], tree)
     return found if read is None else _with_reading(found, read)
 

@@ -112,6 +112,11 @@ class Tree:
         """Tokens to write: what counts as useful."""
         return sum(limit for _, limit in self.rows)
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a row is to write."""
+        return max(limit for _, limit in self.rows)
+
     def read_only(self) -> "Tree":
         """The same prompts, of which one token is written each: all that is left is reading."""
         return Tree(self.prompts, tuple(tuple((1,) * len(row) for row in group) for group in self.limits))

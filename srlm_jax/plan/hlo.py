@@ -127,12 +127,16 @@ def memory_bytes(text: str, *, unknown_trips: Sequence[int]) -> float:
     lines, entry = computations(text)
     found = {name: {one[1]: one for line in inside if (one := _OPCODE.match(line))} for name, inside in lines.items()}
     fused = {
-        called for inside in found.values() for one in inside.values() if one[3] == "fusion" for called in _called(one)
+        called
+        for inside in found.values()
+        for one in inside.values()
+        if one[3] == "fusion"
+        for called in _called(one.string)
     }
 
     def read(one: re.Match, inside: Mapping[str, re.Match], name: str) -> float:
         """What an instruction reads of one of its operands."""
-        whole, operands = _in_memory(inside[name][2], fast=True), _names(one)
+        whole, operands = _in_memory(inside[name][2], fast=True), _names(one[3], one.string)
         if one[3] in _CUTS and operands[0] == name:
             return min(whole, _in_memory(one[2], fast=True))
         if one[3] == "dynamic-update-slice" and operands[0] == name:
@@ -140,7 +144,7 @@ def memory_bytes(text: str, *, unknown_trips: Sequence[int]) -> float:
         if one[3] == "bitcast":
             return read_by_all(inside, one[1])
         if one[3] == "fusion":
-            callee = found[_called(one)[0]]
+            callee = found[_called(one.string)[0]]
             places = {
                 int(re.search(r"parameter\((\d+)\)", p.string)[1]): p[1] for p in callee.values() if p[3] == "parameter"
             }
@@ -149,15 +153,15 @@ def memory_bytes(text: str, *, unknown_trips: Sequence[int]) -> float:
 
     def read_by_all(inside: Mapping[str, re.Match], name: str) -> float:
         whole = _in_memory(inside[name][2], fast=True)
-        return min(whole, sum(read(one, inside, name) for one in inside.values() if name in _names(one)))
+        return min(whole, sum(read(one, inside, name) for one in inside.values() if name in _names(one[3], one.string)))
 
     def written(one: re.Match, inside: Mapping[str, re.Match]) -> float:
         if one[3] == "dynamic-update-slice":
-            return _in_memory(inside[_names(one)[1]][2], fast=True)
-        if one[3] == "bitcast" and _names(one)[0] in inside:
-            return written(inside[_names(one)[0]], inside)
+            return _in_memory(inside[_names(one[3], one.string)[1]][2], fast=True)
+        if one[3] == "bitcast" and _names(one[3], one.string)[0] in inside:
+            return written(inside[_names(one[3], one.string)[0]], inside)
         if one[3] == "fusion":
-            callee = found[_called(one)[0]]
+            callee = found[_called(one.string)[0]]
             return written(next(x for x in callee.values() if x.string.lstrip().startswith("ROOT")), callee)
         return _in_memory(one[2], fast=True)
 
@@ -166,7 +170,7 @@ def memory_bytes(text: str, *, unknown_trips: Sequence[int]) -> float:
             return 0.0
         if one[3].endswith("-done"):
             return _in_memory(one[2], fast=True) + _in_memory(one[2])
-        operands = [(name, _in_memory(inside[name][2])) for name in dict.fromkeys(_names(one))]
+        operands = [(name, _in_memory(inside[name][2])) for name in dict.fromkeys(_names(one[3], one.string))]
         if one[3] == "custom-call":
             if 'custom_call_target="tpu_custom_call"' not in one.string:
                 return 0.0
@@ -183,14 +187,15 @@ def memory_bytes(text: str, *, unknown_trips: Sequence[int]) -> float:
     )
 
 
-def _names(one: re.Match) -> list[str]:
+def _names(opcode: str, line: str) -> list[str]:
     """The operands of an instruction."""
-    given = re.search(rf" {one[3]}\((.*?)\)(?:,|$)", one.string)
+    given = re.search(rf" {opcode}\((.*?)\)(?:,|$)", line)
     return re.findall(r"%([\w.\-]+)", given[1]) if given else []
 
 
-def _called(one: re.Match) -> list[str]:
-    return [called.strip().lstrip("%") for group in _CALLED.findall(one.string) for called in group.split(",")]
+def _called(line: str) -> list[str]:
+    """The computations that an instruction calls, but for those of a loop."""
+    return [called.strip().lstrip("%") for group in _CALLED.findall(line) for called in group.split(",")]
 
 
 def _in_memory(shape: str, *, fast: bool = False) -> float:
@@ -216,9 +221,8 @@ def _walk(
             trips = next(unknown_trips) if trips is None else trips
             yield from _walk(lines, body, runs * trips, body, unknown_trips)
         else:
-            for group in _CALLED.findall(line):
-                for called in group.split(","):
-                    yield from _walk(lines, called.strip().lstrip("%"), runs, loop, unknown_trips)
+            for called in _called(line):
+                yield from _walk(lines, called, runs, loop, unknown_trips)
         yield _Instruction(match[1], match[2], match[3], line, name, loop, runs)
 
 
@@ -234,8 +238,7 @@ def _sizes(lines: list[str]) -> dict[str, list[int]]:
 
 def _operands(one: _Instruction, sizes: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
     """The sizes of both sides of a product."""
-    given = re.search(rf" {one.opcode}\((.*?)\)(?:,|$)", one.line)[1]
-    left, right = (sizes[name] for name in re.findall(r"%([\w.\-]+)", given))
+    left, right = (sizes[name] for name in _names(one.opcode, one.line))
     return left, right
 
 

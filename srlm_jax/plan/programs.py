@@ -324,9 +324,8 @@ def compile_program(program: Program) -> Compiled | TooLarge:
         products = hlo.product_flops(text, unknown_trips=program.unknown_trips)
         moved = hlo.memory_bytes(text, unknown_trips=program.unknown_trips)
     except jax.errors.JaxRuntimeError:
-        collectives = products = moved = (
-            None  # a libtpu newer than its jax writes some exchanges in a form unknown to it
-        )
+        # A libtpu newer than its jax writes some exchanges in a form unknown to it.
+        collectives = products = moved = None
     return Compiled(
         arguments=said.argument_size_in_bytes,
         output=said.output_size_in_bytes,
