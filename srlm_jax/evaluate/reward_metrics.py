@@ -49,12 +49,12 @@ def reward_metrics(ranked: Sequence[RankedPrompt], judged: Sequence[JudgedPrompt
             spearman.append(spearman_rho(known_scores, goodness))
             kendall.append(kendall_tau_b(known_scores, goodness))
     metrics = {
-        "pairwise_accuracy": _ratio(pairs),
-        "five_best": _ratio(perfect),
+        "pairwise_accuracy": ratio(pairs),
+        "five_best": ratio(perfect),
         "exact_match": _mean(exact),
         "spearman": _mean(spearman),
         "kendall_tau_b": _mean(kendall),
-        "scored": _ratio(scored),
+        "scored": ratio(scored),
     }
     return {name: metric for name, metric in metrics.items() if metric is not None}
 
@@ -102,10 +102,10 @@ def _mean_ranks(values: Sequence[float]) -> list[float]:
 
 
 def _mean(values: list[float]) -> Metric | None:
-    return _ratio([(value, 1) for value in values])
+    return ratio([(value, 1) for value in values])
 
 
-def _ratio(parts: list[tuple[float, float]]) -> Metric | None:
+def ratio(parts: list[tuple[float, float]]) -> Metric | None:
     """sum of numerators / sum of denominators over prompts; with all denominators 1 it is the mean and s / sqrt(n)."""
     parts = [part for part in parts if part[1]]
     n = len(parts)

@@ -36,6 +36,7 @@ _TITLES = {"m0": "M0", "sft": "SFT", "m1": "M1", "m2": "M2", "m3": "M3"}
 _COLUMNS = {
     "oracle_score": ("oracle score", "{:.2f} ± {:.2f}"),
     "perfect": ("perfect", "{:.1%} ± {:.1%}"),
+    "human_loss": ("human loss", "{:.3f} ± {:.3f}"),
     "validation_score": ("validation", "{:.2f} ± {:.2f}"),
     "response_tokens": ("tokens", "{:.1f} ± {:.1f}"),
     "pairwise_accuracy": ("pairwise", "{:.3f} ± {:.3f}"),

@@ -10,6 +10,7 @@ from srlm_jax.evaluate.validation import validation_metrics
 from srlm_jax.parallel import hosts
 from srlm_jax.pipeline.answering import draw_answers, prompt_tokens
 from srlm_jax.pipeline.endpoint import EndpointGenerate
+from srlm_jax.pipeline.human_loss import human_loss
 from srlm_jax.pipeline.judging import as_responses, judge_all, judge_answers, ranked_prompts, vote_counts
 from srlm_jax.pipeline.ledger import Outcome
 from srlm_jax.pipeline.run import Run, naming
@@ -24,8 +25,9 @@ from srlm_jax.storage import jsonl
 
 
 def evaluate(run: Run, name: str) -> None:
-    """The judge against the humans on the EFT evaluation split; and answers to held-out prompts, scored by the oracle
-    in the embedded world and elsewhere by the validation judge."""
+    """Measures a model on data that nothing is trained on: the loss of the best human answers and the judge's agreement
+    with the humans, both on the EFT evaluation split; and answers to held-out prompts, scored by the oracle in the
+    embedded world and elsewhere by the validation judge."""
     stage, folder = f"{name}/eval", run.workdir / name / "eval"
     prompts_file = None if run.embedded else run.settings.validation.prompts_file
 
@@ -34,7 +36,7 @@ def evaluate(run: Run, name: str) -> None:
         judged = judge_all(
             run, name, f"{stage}/judgements", [as_responses(p) for p in ranked], f"{name}: evaluating the judge"
         )
-        metrics = reward_metrics(ranked, judged)
+        metrics = human_loss(run, name) | reward_metrics(ranked, judged)
         if run.embedded:
             metrics = _oracle_metrics(run, name, stage) | metrics
         elif prompts_file is not None:
@@ -43,7 +45,16 @@ def evaluate(run: Run, name: str) -> None:
             jsonl.write_json(folder / "metrics.json", {key: vars(metric) for key, metric in metrics.items()})
         return Outcome(vote_counts(judged) | {"prompts_with_too_many_tokens": too_long}, None)
 
-    fields = ["judging", "responses", "context_length", *run.SAMPLING, *([] if run.embedded else ["validation"])]
+    fields = [
+        "judging",
+        "responses",
+        "context_length",
+        "logprob_chunk",
+        "length_multiple",
+        "reference_batch",
+        *run.SAMPLING,
+        *([] if run.embedded else ["validation"]),
+    ]
     run.ledger.run(
         stage,
         work,

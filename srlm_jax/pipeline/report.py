@@ -27,6 +27,7 @@ Record = TypeVar("Record")
 _METRICS = (
     ("oracle_score", "Oracle score", "", "mean exact score of answers to held-out prompts, 0 to 5"),
     ("perfect", "Perfect", "%", "held-out answers that the oracle gives 5 of 5"),
+    ("human_loss", "Human loss", "", "nats a token of the best-ranked human answers of the evaluation split"),
     ("validation_score", "Validation", "", "mean score of answers to the validation prompts by the judge from outside"),
     ("pairwise_accuracy", "Pairwise", "%", "pairs of answers that the judge orders as the ranking does"),
     ("five_best", "5-best", "%", "answers judged 5 of 5 that are ranked first"),
@@ -178,9 +179,9 @@ def _table(
     rows: list[tuple[str, list[dict | None]]] = [(model, []) for model in results]
     for key, _, unit, _ in headings:
         column = [metrics.get(key) for metrics in results.values()]
-        # Of length there is no best.
+        # Of length there is no best, nor of the human loss, which DPO raises a little.
         values = [metric["value"] for metric in column if metric]
-        best = max(values) if len(values) > 1 and key != "response_tokens" else None
+        best = max(values) if len(values) > 1 and key not in ("response_tokens", "human_loss") else None
         digits = 1 if unit or max(values) >= 20 else 3 if max(values) < 1 else 2
         for (_, cells), metric in zip(rows, column, strict=True):
             cells.append(_cell(metric, unit, digits, metric["value"] == best) if metric else None)
@@ -196,6 +197,7 @@ def _estimates(results: dict[str, dict], styles: dict[str, str]) -> list[charts.
     panels = []
     for key, title, label in (
         ("oracle_score", "Oracle score of held-out answers", "score, 0 to 5"),
+        ("human_loss", "Loss of human answers", "nats a token"),
         ("validation_score", "Score of answers to the validation prompts", "score, 0 to 5"),
         ("pairwise_accuracy", "Pairwise accuracy as a judge", "fraction of pairs"),
     ):

@@ -4,6 +4,7 @@ import pytest
 from etils import epath
 
 from configs.base import get_config
+from srlm_jax.evaluate.likelihood import likelihood_metrics
 from srlm_jax.evaluate.oracle import oracle_metrics
 from srlm_jax.evaluate.reward_metrics import reward_metrics
 from srlm_jax.evaluate.validation import validation_metrics
@@ -54,7 +55,7 @@ def test_columns_are_named_as_the_metrics_are():
     judged = [JudgedPrompt(id=i, prompt="name two fruits .", responses=judgements) for i in "ab"]
     answers = [Responses(id="b", prompt="", completions=(Completion(text="", tokens=1, finished=True),))]
     measured = oracle_metrics(answers, [OracleScores(id="b", scores=(5,))]) | reward_metrics(ranked, judged)
-    measured |= validation_metrics([*answers, *answers], judged)
+    measured |= validation_metrics([*answers, *answers], judged) | likelihood_metrics([-3.0, -4.0], [2, 2])
     assert set(command._COLUMNS) <= measured.keys()
     assert {key for key, *_ in report._METRICS} <= measured.keys()
 
