@@ -3,20 +3,18 @@ of this package; `--to=hf`: the way back."""
 
 import contextlib
 import dataclasses
-import sys
 import uuid
 from collections.abc import Iterator
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 
+from srlm_jax import commandline
+from srlm_jax.errors import BadInput
 from srlm_jax.model import config_files, llama, weights
 from srlm_jax.storage import checkpoint, jsonl
 from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
-
-# What a user can put right: told in one line, without a traceback.
-FAILURES = (ValueError, OSError)
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -34,7 +32,7 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
       dtype: what to keep the weights in; None: what the source keeps them in, and then bit for bit.
       shard_bytes: the size of Hugging Face's weight files.
 
-    Raises any of FAILURES, and leaves no target then.
+    Raises UserError or OSError, and leaves no target then.
     """
     source, target = epath.Path(source), epath.Path(target)
     with new_folder(target) as folder:
@@ -66,7 +64,7 @@ def _tokenizer(source: epath.Path, V: int) -> Tokenizer | None:
     """The tokenizer of a model with `V` ids; None where there is none, and the weights are converted alone.
 
     Raises:
-      ValueError: it cannot be used, or is another model's: beside the converted weights it would look as if it could.
+      BadInput: it cannot be used, or is another model's: beside the converted weights it would look as if it could.
     """
     try:
         tokenizer = load_tokenizer(source)
@@ -74,7 +72,7 @@ def _tokenizer(source: epath.Path, V: int) -> Tokenizer | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{error}. To convert the weights alone, move the tokenizer's files out of there") from error
+        raise BadInput(f"{error}. To convert the weights alone, move the tokenizer's files out of there") from error
     return tokenizer
 
 
@@ -100,14 +98,9 @@ def new_folder(target: epath.Path) -> Iterator[epath.Path]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --source=DIR")
-    logging.set_verbosity(logging.ERROR)
-    jax.config.update("jax_platforms", "cpu")  # the host's memory is where files go through anyway
-    try:
+    with commandline.begin(argv, "--source=DIR"):
+        jax.config.update("jax_platforms", "cpu")  # the host's memory is where files go through anyway
         convert(_SOURCE.value, _TARGET.value, to=_TO.value, dtype=_DTYPE.value, shard_bytes=_SHARD_BYTES)
-    except FAILURES as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

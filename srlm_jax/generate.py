@@ -1,13 +1,14 @@
 """`python -m srlm_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl`: completions of any Llama."""
 
-import sys
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 
+from srlm_jax import commandline
 from srlm_jax.data import sources
+from srlm_jax.errors import BadInput
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel.mesh import MeshShape
 from srlm_jax.pipeline.generate import open_model, stage_key
@@ -16,9 +17,6 @@ from srlm_jax.records import Prompt, Request, Responses, SamplingParams
 from srlm_jax.sampling.engine import EngineConfig
 from srlm_jax.storage import jsonl, rows
 from srlm_jax.text.chat import FORMATS, PLAIN
-
-# What a user can put right: told in one line, without a traceback.
-FAILURES = (ValueError, OSError)
 
 _CONTINUE = "none"
 
@@ -60,13 +58,13 @@ def generate(
       chat_format: a name in `text.chat.FORMATS`, or "none" for text that is continued as it stands.
       tensor: devices among which each copy of the weights is split; it divides the heads.
 
-    Raises any of FAILURES.
+    Raises UserError or OSError.
     """
     checkpoint, output = epath.Path(checkpoint), epath.Path(output)
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose another --output, or remove it")
     if jax.device_count() % tensor:
-        raise ValueError(f"--tensor={tensor} does not divide the {jax.device_count()} devices")
+        raise BadInput(f"--tensor={tensor} does not divide the {jax.device_count()} devices")
     asked = sources.read_prompts(prompts, "prompt")
     source = open_model(
         checkpoint,
@@ -102,7 +100,7 @@ def _go_on(parts: epath.Path, facts: dict[str, object]) -> None:
     """Notes what a begun output is made of, or checks that it is being made of the same.
 
     Raises:
-      ValueError: names what has changed.
+      BadInput: names what has changed.
     """
     note = parts / "arguments.json"
     if not note.exists():
@@ -112,25 +110,22 @@ def _go_on(parts: epath.Path, facts: dict[str, object]) -> None:
     known = jsonl.read_json(note)
     changed = [name for name in facts if known.get(name) != facts[name]]
     if changed:
-        raise ValueError(
+        raise BadInput(
             f"{parts} holds a begun output for which {changed[0]} was {known.get(changed[0])!r}, and is now "
             f"{facts[changed[0]]!r}: go back to the former, choose another --output, or remove the folder"
         )
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --checkpoint=DIR")
-    logging.set_verbosity(logging.ERROR)
-    meshes.keep_programs(meshes.PROGRAMS)
-    params = SamplingParams(
-        samples=_N.value,
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        stop=(),
-    )
-    try:
+    with commandline.begin(argv, "--checkpoint=DIR"):
+        meshes.keep_programs(meshes.PROGRAMS)
+        params = SamplingParams(
+            samples=_N.value,
+            temperature=_TEMPERATURE.value,
+            top_p=_TOP_P.value,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            stop=(),
+        )
         generate(
             _CHECKPOINT.value,
             _PROMPTS.value,
@@ -142,8 +137,6 @@ def main(argv: list[str]) -> None:
             tensor=_TENSOR.value,
             shard_prompts=4 * _ROWS.value,
         )
-    except FAILURES as error:
-        sys.exit(f"error: {error}")
     print(_OUTPUT.value)
 
 

@@ -3,11 +3,11 @@
 import difflib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from srlm_jax.parallel import hosts
-from srlm_jax.pipeline.command import FAILURES, run_command
+from srlm_jax import commandline
+from srlm_jax.pipeline.command import run_command
 from srlm_jax.pipeline.settings import Settings, field_names
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Which models to make, and everything they depend on.")
@@ -38,10 +38,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --config.field=value")
-    logging.set_verbosity(logging.ERROR)
-    with hosts.leaving(FAILURES):
+    with commandline.begin(argv, "--config.field=value"):
         run_command(_CONFIG.value.to_dict(), _REDO.value)
 
 

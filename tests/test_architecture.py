@@ -23,8 +23,10 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 # A file imports from its own layer and from those before it, never from one after.
 LAYERS = (
+    "errors",
     "records",
     "parallel",
+    "commandline",
     "storage",
     "text",
     "model",

@@ -6,16 +6,15 @@ import os
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
+from srlm_jax import commandline
 from srlm_jax.bench import ceilings, commands, load, peer_process, report
 from srlm_jax.bench.commands import MEASURES, VS
 from srlm_jax.bench.setting import Setting
 from srlm_jax.bench.workload import SHAPES, Workload, default
+from srlm_jax.errors import BadInput
 from srlm_jax.storage import jsonl
-
-# What a user can put right: told in one line, without a traceback.
-FAILURES = (ValueError, OSError)
 
 _ALONE = "nothing"
 
@@ -52,14 +51,11 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS:
         wrong = f"not {' '.join(argv[1:])!r}" if len(argv) > 1 else "as in: python -m srlm_jax.bench load"
         sys.exit(f"error: say what to measure: {', '.join(COMMANDS)}, {wrong}")
-    logging.set_verbosity(logging.ERROR)
-    try:
+    with commandline.begin(argv[1:], "--shape=1b"):
         document, text = run(argv[1])
         print(text)
         if _JSON.value is not None:
             jsonl.write_json(_JSON.value, document)
-    except FAILURES as error:
-        sys.exit(f"error: {error}")
 
 
 def run(command: str) -> tuple[object, str]:
@@ -69,7 +65,7 @@ def run(command: str) -> tuple[object, str]:
     peer = None if _VS.value == _ALONE else _VS.value
     known = sorted({name for names in VS.values() for name in names}) if command == "all" else VS[command]
     if peer is not None and peer not in known:
-        raise ValueError(f"--vs={peer}: {command} is compared with {' or '.join(known) or 'none'}")
+        raise BadInput(f"--vs={peer}: {command} is compared with {' or '.join(known) or 'none'}")
     if command == "load":
         return _load(peer)
     times = _times()
@@ -101,13 +97,13 @@ def _times() -> list[int]:
     except ValueError:
         times = [0]
     if any(factor < 1 for factor in times):
-        raise ValueError(f"--growth={','.join(_GROWTH.value)}: give whole numbers from 1, as in 1,2,4,10")
+        raise BadInput(f"--growth={','.join(_GROWTH.value)}: give whole numbers from 1, as in 1,2,4,10")
     return times
 
 
 def _make_peers() -> tuple[object, str]:
     if not _MAKE.value:
-        raise ValueError(f"say which: --make={','.join(peer_process.REQUIREMENTS)}")
+        raise BadInput(f"say which: --make={','.join(peer_process.REQUIREMENTS)}")
     made = {name: os.fspath(peer_process.make(name, _BASE_PYTHON.value)) for name in _MAKE.value}
     return made, "\n".join(f"{name}: {folder}" for name, folder in made.items())
 
@@ -129,7 +125,7 @@ def _dtypes(otherwise: tuple[str, ...], known: tuple[str, ...], most: int) -> tu
     dtypes = otherwise if _DTYPE.value is None else tuple(dict.fromkeys(_DTYPE.value))
     if not 1 <= len(dtypes) <= most or not set(dtypes) <= set(known):
         wanted = " or ".join(known) + (", or both" if most > 1 else "")
-        raise ValueError(f"--dtype={','.join(dtypes)}: give {wanted}")
+        raise BadInput(f"--dtype={','.join(dtypes)}: give {wanted}")
     return dtypes
 
 

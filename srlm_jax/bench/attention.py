@@ -13,6 +13,7 @@ from srlm_jax.bench import cost, sides
 from srlm_jax.bench.ceilings import Ceilings
 from srlm_jax.bench.setting import Setting, sample_mesh
 from srlm_jax.bench.sides import OURS, Side
+from srlm_jax.errors import BadInput
 from srlm_jax.model import attention
 from srlm_jax.model import cache as kv
 from srlm_jax.model.attention import ALL, Part
@@ -70,7 +71,7 @@ def _sides(setting: Setting, dtype: str, tokens: list[tuple[int, int]]) -> list[
         found, wanted = (np.asarray(attend(q_BN1H, parts), np.float32) for parts in (levels, copies))
     apart = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
     if not apart <= _TOLERANCE[dtype]:
-        raise ValueError(f"shared levels give other outputs than copies in {dtype}: {apart:.2g} of their norm apart")
+        raise BadInput(f"shared levels give other outputs than copies in {dtype}: {apart:.2g} of their norm apart")
     run = functools.partial(_run, attend, q_BN1H, calls=setting.workload.steps * c.L)
     shared = Side(name=OURS, dtype=dtype, run=functools.partial(run, levels))
     alone = Side(name=f"{OURS}, nothing shared", dtype=dtype, run=functools.partial(run, copies))

@@ -27,6 +27,7 @@ from etils import epath
 from tqdm import tqdm
 
 from srlm_jax.bench import load_once
+from srlm_jax.errors import BadInput
 from srlm_jax.model import config_files, llama, sources, weights
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.storage import jsonl
@@ -66,9 +67,9 @@ def measure(
     """
     packages, others = PEERS[peer] if peer else ((), ())
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--vs={peer} needs {' and '.join(missing)}: pip install 'srlm_jax[parity]'")
+        raise BadInput(f"--vs={peer} needs {' and '.join(missing)}: pip install 'srlm_jax[parity]'")
     if not Path("/proc/self/status").exists():
-        raise ValueError("memory is read from /proc, which only Linux has")
+        raise BadInput("memory is read from /proc, which only Linux has")
     with _checkpoint(config, folder, shard_bytes) as made:
         tensors = sources.hugging_face(made)
         wanted = load_once.checksum((name, load_once.as_bytes(t.whole())) for name, t in tensors.items())
@@ -136,9 +137,7 @@ def _checkpoint(config: LlamaConfig, folder: epath.PathLike | None, shard_bytes:
         choices = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype, "remat": config.remat}
         same = weights.read_config(folder, **choices) == config
         if not same or weights.source_dtype(folder, config) != config.param_dtype:
-            raise ValueError(
-                f"{folder} holds another model than the one to load: choose another --folder, or remove it"
-            )
+            raise BadInput(f"{folder} holds another model than the one to load: choose another --folder, or remove it")
         yield folder
         return
     parent = None if folder is None else epath.Path(folder).parent
@@ -185,9 +184,9 @@ def _load(loader: str, folder: epath.Path, dtype: str, wanted: str) -> Load:
         if child.wait() != 0:
             complaints.seek(0)
             reason = (complaints.read().decode(errors="replace").strip() or f"exit {child.returncode}").splitlines()[-1]
-            raise ValueError(f"{loader}: {folder} could not be loaded: {reason}")
+            raise BadInput(f"{loader}: {folder} could not be loaded: {reason}")
     if checksum != wanted:
-        raise ValueError(f"{loader}: loaded other numbers than {folder} holds (checksum {checksum}, not {wanted})")
+        raise BadInput(f"{loader}: loaded other numbers than {folder} holds (checksum {checksum}, not {wanted})")
     found = json.loads(measured)
     return Load(
         seconds=found["seconds"],

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from srlm_jax.errors import BadInput
+
 # What each peer's environment is made of. torch by its number alone: where pip finds the wheel that suits the machine.
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "transformers": ("torch==2.13.0", "transformers==5.24.0", "safetensors>=0.8", "numpy>=2.0"),
@@ -41,7 +43,7 @@ def python_of(name: str, given: str | None) -> Path:
     path = Path(given) if given is not None else _HOME / name / "bin" / "python"
     if not path.exists():
         wrong = f"--peer_python={given} is not there" if given else f"{path} is not there"
-        raise ValueError(f"{wrong}: make it by python -m srlm_jax.bench peers --make={name}, or name another")
+        raise BadInput(f"{wrong}: make it by python -m srlm_jax.bench peers --make={name}, or name another")
     return path
 
 
@@ -52,11 +54,11 @@ def make(name: str, base: str) -> Path:
       ValueError: there is no such peer, the interpreter is too old, or it cannot be installed.
     """
     if name not in REQUIREMENTS:
-        raise ValueError(f"--make={name}: the peers are {', '.join(REQUIREMENTS)}")
+        raise BadInput(f"--make={name}: the peers are {', '.join(REQUIREMENTS)}")
     least = NEEDS_PYTHON.get(name, (0, 0))
     version = tuple(json.loads(_output([base, "-c", "import sys; print(list(sys.version_info[:2]))"], name)))
     if version < least:
-        raise ValueError(
+        raise BadInput(
             f"{name} needs Python {least[0]}.{least[1]} or later, and {base} is {version[0]}.{version[1]}: "
             "name another by --base_python"
         )
@@ -70,9 +72,9 @@ def _output(line: list[str], name: str) -> str:
     try:
         done = subprocess.run(line, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise ValueError(f"{name}: {line[0]} cannot be run: {error.strerror}") from error
+        raise BadInput(f"{name}: {line[0]} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
-        raise ValueError(f"{name} cannot be installed: {_last_line(done.stderr) or f'exit {done.returncode}'}")
+        raise BadInput(f"{name} cannot be installed: {_last_line(done.stderr) or f'exit {done.returncode}'}")
     return done.stdout
 
 
@@ -107,12 +109,12 @@ class Peer:
         if not line:
             code = self._child.wait()
             if code == -signal.SIGKILL:
-                raise ValueError(
+                raise BadInput(
                     f"{self.name} was killed, as where memory runs out: ask for less at once (--batch, --dtype)"
                 )
             self._complaints.seek(0)
             said = _last_line(self._complaints.read().decode(errors="replace"))
-            raise ValueError(f"{self.name} ended ({said or f'exit {code}'})")
+            raise BadInput(f"{self.name} ended ({said or f'exit {code}'})")
         return json.loads(line)
 
 

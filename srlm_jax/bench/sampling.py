@@ -17,6 +17,7 @@ from srlm_jax.bench.peer_process import Peer, python_of, started
 from srlm_jax.bench.setting import Setting, checkpoint, random_model, sample_mesh
 from srlm_jax.bench.sides import OURS, Side
 from srlm_jax.bench.workload import Ids, Tree, Workload, answering, judging
+from srlm_jax.errors import BadInput
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
 from srlm_jax.sampling import engine
@@ -175,7 +176,7 @@ def _with_reading(whole: Mapping[str, float], read: Mapping[str, float]) -> dict
 
 def _check_complete(name: str, lengths: list[list[int]], tree: Tree) -> None:
     if lengths != [list(limits) for group in tree.limits for limits in group]:
-        raise ValueError(f"{name} wrote rows of other lengths than it was to write")
+        raise BadInput(f"{name} wrote rows of other lengths than it was to write")
 
 
 # --- others -----------------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def ask(peer: Peer, method: str, tree: Tree, draw: Mapping[str, float], rows: in
         rows=rows,
     )
     if not found.pop("complete"):
-        raise ValueError(f"{peer.name}, {method} wrote rows of other lengths than it was to write")
+        raise BadInput(f"{peer.name}, {method} wrote rows of other lengths than it was to write")
     return found
 
 
@@ -255,16 +256,16 @@ def compare(
     """
     far = float(np.max(np.abs(logits_PTV - their_logits_PTV)))
     if far > _TOLERANCE:
-        raise ValueError(f"{name} computes other logits than this package: {far:.2g} apart, {_TOLERANCE:g} allowed")
+        raise BadInput(f"{name} computes other logits than this package: {far:.2g} apart, {_TOLERANCE:g} allowed")
     for prompt, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         if len(mine) != len(other):
-            raise ValueError(f"{name} wrote {len(other)} tokens to prompt {prompt}, not {len(mine)}")
+            raise BadInput(f"{name} wrote {len(other)} tokens to prompt {prompt}, not {len(mine)}")
         apart = [step for step, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b]
         if not apart:
             continue
         second, first = np.sort(logits_PTV[prompt, apart[0]])[-2:]
         if first - second > 2 * _TOLERANCE:
-            raise ValueError(
+            raise BadInput(
                 f"{name} takes token {other[apart[0]]} at step {apart[0]} of prompt {prompt}, and this package "
                 f"{mine[apart[0]]}: nothing is timed before both write the same"
             )

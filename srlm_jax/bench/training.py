@@ -19,6 +19,7 @@ from srlm_jax.bench.setting import Setting, checkpoint, random_model, train_mesh
 from srlm_jax.bench.sides import OURS, Side
 from srlm_jax.bench.workload import Pair, documents, pairs
 from srlm_jax.data.batches import PairRow, Row
+from srlm_jax.errors import BadInput
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.storage.checkpoint import TrainCheckpoints, TrainState
@@ -233,7 +234,7 @@ def check_logprobs(name: str, ours: np.ndarray, theirs: np.ndarray, tokens: Sequ
     apart = np.abs(ours - theirs) / np.asarray(tokens)
     if not np.all(apart <= _TOLERANCE):
         worst = int(np.argmax(apart))
-        raise ValueError(
+        raise BadInput(
             f"{name} gives document {worst} a log-probability of {theirs[worst]:.4f} and this package "
             f"{ours[worst]:.4f}: nothing is timed before both compute the same"
         )

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from srlm_jax.data.packing import Lot, Packing, RowTooLong, Shape, pack
+from srlm_jax.errors import BadInput
 from srlm_jax.model.folding import Folding
 
 # One thread makes batches, and two are ready: a step takes much longer than a batch.
@@ -130,7 +131,7 @@ def _padded(row: Row, length: int) -> dict[str, np.ndarray]:
 def _batches(rows: Sequence, batch_size: int, seed: int, make) -> grain.IterDataset:
     """`make(rows of a batch)` for the rows in a new random order each epoch, without end."""
     if not rows:
-        raise ValueError("there are no rows to train on")
+        raise BadInput("there are no rows to train on")
     dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
     return dataset.batch(batch_size, batch_fn=make).to_iter_dataset(AHEAD)
 

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from srlm_jax.errors import BadInput
 from srlm_jax.judge.rubric import Rubric, fill
 from srlm_jax.judge.score import matched
 from srlm_jax.records import Example, JudgedPrompt, RankedPrompt, Vote
@@ -48,13 +49,13 @@ class EftRules:
 
     def __post_init__(self) -> None:
         if self.min_scored < 2:
-            raise ValueError(f"min_scored must be at least 2, got {self.min_scored}: one score orders nothing")
+            raise BadInput(f"min_scored must be at least 2, got {self.min_scored}: one score orders nothing")
         if self.max_tied_pairs < 0:
-            raise ValueError(f"max_tied_pairs must not be negative, got {self.max_tied_pairs}")
+            raise BadInput(f"max_tied_pairs must not be negative, got {self.max_tied_pairs}")
         if self.draws_per_prompt < 1:
-            raise ValueError(f"draws_per_prompt must be at least 1, got {self.draws_per_prompt}")
+            raise BadInput(f"draws_per_prompt must be at least 1, got {self.draws_per_prompt}")
         if not 0 < self.most_common_share <= 1:
-            raise ValueError(f"most_common_share is a share above 0 and up to 1, got {self.most_common_share}")
+            raise BadInput(f"most_common_share is a share above 0 and up to 1, got {self.most_common_share}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def eft_examples(
     examples: dict[tuple[str, str], Example] = {}
     for prompt, verdict in matched(ranked, judged):
         if len({len(response.votes) for response in verdict.responses}) > 1:
-            raise ValueError(f"prompt '{prompt.id}': its responses have unequal numbers of votes; judge it again")
+            raise BadInput(f"prompt '{prompt.id}': its responses have unequal numbers of votes; judge it again")
         kept = 0
         for draw, votes in enumerate(zip(*(response.votes for response in verdict.responses), strict=True)):
             counts["draws"] += 1

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from srlm_jax.data import oasst
+from srlm_jax.errors import BadInput
 
 _SPLITS = ("train", "validation")
 
@@ -44,10 +45,10 @@ class OpenAssistant(tfds.core.GeneratorBasedBuilder):
         for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()):
             split = _SPLITS["validation" in path.name]
             if split in files:
-                raise ValueError(f"{folder}: both {files[split].name} and {path.name} would be the split '{split}'")
+                raise BadInput(f"{folder}: both {files[split].name} and {path.name} would be the split '{split}'")
             files[split] = path
         if not files:
-            raise ValueError(f"{folder}: holds no file. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
+            raise BadInput(f"{folder}: holds no file. {self.MANUAL_DOWNLOAD_INSTRUCTIONS}")
         return {split: self._generate_examples(path) for split, path in files.items()}
 
     def _generate_examples(self, path: epath.Path) -> Iterator[tuple[int, dict]]:

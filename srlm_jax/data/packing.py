@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from srlm_jax.errors import UserError
+
 FILLINGS = 8  # tries to fill rows at random where best fit takes too many of them
 DEALS = 4  # tries to deal an epoch's examples so that all of its batches fit
 
 
-class RowTooLong(ValueError):
+class RowTooLong(UserError, ValueError):
     """A row needs more positions than a batch has."""
 
 

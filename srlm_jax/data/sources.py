@@ -19,6 +19,7 @@ from typing import TypeVar
 from etils import epath
 
 from srlm_jax.data.trees import SeedSplit, same_text_key
+from srlm_jax.errors import BadInput
 from srlm_jax.records import Example, Prompt, RankedPrompt
 from srlm_jax.storage import jsonl, rows
 
@@ -78,7 +79,7 @@ def without_overlap(
         kept[name] = [record for record in records if same_text_key(record.prompt) not in evaluated]
         counts[f"{name}_{SourceDrop.IN_EFT_EVAL}"] = len(records) - len(kept[name])
         if not kept[name]:
-            raise ValueError(f"all {len(records)} prompts of {name} are in eft_eval: they cannot be trained on as well")
+            raise BadInput(f"all {len(records)} prompts of {name} are in eft_eval: they cannot be trained on as well")
     sets = kept | {"eft_eval": list(eft_eval)}
     for name, records in sets.items():
         counts[name] = len(records)

@@ -12,6 +12,7 @@ import enum
 import hashlib
 from collections.abc import Sequence
 
+from srlm_jax.errors import BadInput
 from srlm_jax.records import Example, RankedPrompt
 
 
@@ -46,10 +47,10 @@ class SeedRules:
 
     def __post_init__(self) -> None:
         if self.min_ranked < 2:
-            raise ValueError(f"min_ranked must be at least 2, got {self.min_ranked}: one reply has no ranking")
+            raise BadInput(f"min_ranked must be at least 2, got {self.min_ranked}: one reply has no ranking")
         for name in ("ift_prompts", "eft_train_prompts", "eft_eval_prompts"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise BadInput(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def split_seed(trees: Sequence[dict], rules: SeedRules, seed: int) -> SeedSplit:
     ranked = [tree for tree in usable if tree.ranked is not None]
     eft_prompts = rules.eft_eval_prompts + rules.eft_train_prompts
     if eft_prompts > len(ranked):
-        raise ValueError(
+        raise BadInput(
             f"eft_eval_prompts + eft_train_prompts ask for {eft_prompts} prompts, and of {len(trees)} trees "
             f"{len(ranked)} in '{rules.lang}' have at least {rules.min_ranked} ranked replies; "
             "lower eft_train_prompts, eft_eval_prompts or min_ranked, or give more trees"
@@ -108,7 +109,7 @@ def split_seed(trees: Sequence[dict], rules: SeedRules, seed: int) -> SeedSplit:
     taken = {tree.id for tree in ranked[:eft_prompts]}
     ift = [tree for tree in usable if tree.best is not None and tree.id not in taken]
     if rules.ift_prompts > len(ift):
-        raise ValueError(
+        raise BadInput(
             f"ift_prompts asks for {rules.ift_prompts} prompts, and of {len(trees)} trees {len(ift)} in "
             f"'{rules.lang}' with a reply of rank 0 are left after {eft_prompts} for EFT; "
             "lower ift_prompts or eft_train_prompts, or give more trees"
@@ -135,7 +136,7 @@ def _distinct_prompts(trees: Sequence[dict], lang: str, seed: int, counts: colle
     ids = collections.Counter(tree["message_tree_id"] for tree in trees)
     for name, count in ids.items():
         if count > 1:
-            raise ValueError(f"message_tree_id '{name}' occurs {count} times; keep one tree of each id")
+            raise BadInput(f"message_tree_id '{name}' occurs {count} times; keep one tree of each id")
     texts = set()
     kept = []
     for tree in sorted(trees, key=lambda tree: _place(seed, tree["message_tree_id"])):

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from importlib import resources
 
+from srlm_jax.errors import BadInput
+
 INSTRUCTION = "<INSTRUCTION_HERE>"
 RESPONSE = "<RESPONSE_HERE>"
 
@@ -24,7 +26,7 @@ class Rubric:
         for placeholder in (INSTRUCTION, RESPONSE):
             count = self.template.count(placeholder)
             if count != 1:
-                raise ValueError(
+                raise BadInput(
                     f"the rubric's template must hold {placeholder} once, it holds it {count} times; "
                     "correct the template"
                 )

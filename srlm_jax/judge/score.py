@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from srlm_jax.errors import BadInput
 from srlm_jax.judge.parse import parse_vote
 from srlm_jax.judge.rubric import Rubric, fill
 from srlm_jax.records import (
@@ -77,16 +78,16 @@ def matched(ranked: Sequence[RankedPrompt], judged: Sequence[JudgedPrompt]) -> l
     by_id = {prompt.id: prompt for prompt in judged}
     alone = sorted(by_id.keys() ^ {prompt.id for prompt in ranked})
     if alone:
-        raise ValueError(
+        raise BadInput(
             f"{len(alone)} prompts are either ranked or judged but not both, among them '{alone[0]}'; "
             "judge the very prompts that are ranked"
         )
     for prompt in ranked:
         verdict = by_id[prompt.id]
         if len(prompt.ranks) != len(prompt.responses):
-            raise ValueError(f"prompt '{prompt.id}': {len(prompt.responses)} responses but {len(prompt.ranks)} ranks")
+            raise BadInput(f"prompt '{prompt.id}': {len(prompt.responses)} responses but {len(prompt.ranks)} ranks")
         if prompt.prompt != verdict.prompt or prompt.responses != tuple(r.response for r in verdict.responses):
-            raise ValueError(
+            raise BadInput(
                 f"prompt '{prompt.id}': the judged texts are not the ranked ones, or in another order; "
                 "judge the prompt again"
             )
@@ -108,5 +109,5 @@ def _check_distinct(ids: Sequence[str]) -> None:
     seen = set()
     for name in ids:
         if name in seen:
-            raise ValueError(f"the id '{name}' occurs twice; give each prompt an id of its own")
+            raise BadInput(f"the id '{name}' occurs twice; give each prompt an id of its own")
         seen.add(name)

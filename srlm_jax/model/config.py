@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
+from srlm_jax.errors import BadInput
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -19,9 +21,9 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.factor < 1 or self.original_context < 1:
-            raise ValueError(f"rope_scaling needs a factor and an original context of at least 1: {self}")
+            raise BadInput(f"rope_scaling needs a factor and an original context of at least 1: {self}")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(f"rope_scaling needs 0 < low_freq_factor < high_freq_factor: {self}")
+            raise BadInput(f"rope_scaling needs 0 < low_freq_factor < high_freq_factor: {self}")
 
 
 REMAT = ("full", "dots")
@@ -52,13 +54,13 @@ class LlamaConfig:
         for field in ("V", "D", "L", "N", "K", "H", "F"):
             size = getattr(self, field)
             if not 1 <= size < 2**31:  # an axis of an array cannot be longer
-                raise ValueError(f"model.{field} must be at least 1 and less than 2^31, not {size!r:.60}")
+                raise BadInput(f"model.{field} must be at least 1 and less than 2^31, not {size!r:.60}")
         if self.N % self.K:
-            raise ValueError(f"model.N ({self.N} query heads) must be a multiple of model.K ({self.K} key-value heads)")
+            raise BadInput(f"model.N ({self.N} query heads) must be a multiple of model.K ({self.K} key-value heads)")
         if self.remat not in REMAT:
-            raise ValueError(f"model.remat can be {' or '.join(map(repr, REMAT))}, not {self.remat!r:.60}")
+            raise BadInput(f"model.remat can be {' or '.join(map(repr, REMAT))}, not {self.remat!r:.60}")
         if self.H % 2:
-            raise ValueError(f"model.H must be even, not {self.H}: rotary position embedding turns pairs")
+            raise BadInput(f"model.H must be even, not {self.H}: rotary position embedding turns pairs")
 
     @property
     def parameters(self) -> int:

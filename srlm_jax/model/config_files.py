@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from srlm_jax.errors import UserError
 from srlm_jax.model.config import LlamaConfig, RopeScaling
 from srlm_jax.storage import jsonl
 from srlm_jax.text.tokenizer import load_tokenizer
@@ -29,7 +30,7 @@ COMPANIONS = (
 )
 
 
-class BadModelFile(ValueError):
+class BadModelFile(UserError, ValueError):
     """A file of a model's folder cannot be used; the message names it and what to do."""
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from srlm_jax.errors import BadInput
 from srlm_jax.model import ops
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.llama import Blocks, Llama
@@ -34,9 +35,9 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}; leave it out to train all weights")
+            raise BadInput(f"rank must be at least 1, not {self.rank}; leave it out to train all weights")
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be a number above 0, not {self.alpha}")
+            raise BadInput(f"alpha must be a number above 0, not {self.alpha}")
 
 
 def check_rank(config: LoraConfig, model: LlamaConfig) -> None:
@@ -48,7 +49,7 @@ def check_rank(config: LoraConfig, model: LlamaConfig) -> None:
     sizes = {"D": model.D, "F": model.F, "N x H": model.N * model.H, "K x H": model.K * model.H}
     narrowest = min(sizes, key=sizes.get)
     if config.rank is not None and config.rank > sizes[narrowest]:
-        raise ValueError(
+        raise BadInput(
             f"rank is {config.rank}, more than the {sizes[narrowest]} of the narrowest projection (model.{narrowest})"
         )
 

@@ -27,16 +27,21 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from srlm_jax.errors import UserError
+
 Tree = TypeVar("Tree")
 
-# What stops all processes alike, each says itself: with the first process goes the service that they live by.
+# Process 0 hosts the coordination service, so it ends last: the others can then print an error that all of them share.
 _LAST_WORDS_S = 3.0
+
+# The exit status of a fault of this package: EX_SOFTWARE of sysexits.h.
+FAULT = 70
 
 # How the runtime's errors begin where they come as a ValueError. Those of damaged files begin otherwise.
 _STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 
-class ProcessLost(ConnectionError):
+class ProcessLost(UserError, ConnectionError):
     """The processes of a job could not go on together; what was done until then stays."""
 
 
@@ -85,29 +90,45 @@ def together(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def leaving(told: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Ends this process, with status 1, where anything is raised inside: one of `told` is said in a line, all else, a
-    fault of the program, by its traceback. Of several processes it ends at once, see `leave`."""
+def leaving(debug: bool) -> Iterator[None]:
+    """Ends this process if an error is raised inside.
+
+    A `UserError`, an OSError or a full device memory is printed in one line, and the status is 1; `debug` adds the
+    traceback. Any other error is a fault of this package: its traceback is printed, and the status is 70.
+    """
     try:
         yield
-    except told as error:
-        leave(f"error: {error}")
-    except BaseException:
+    except (UserError, OSError) as error:
+        leave(_told(f"error: {error}", debug), 1)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            leave(traceback.format_exc().rstrip(), FAULT)  # of the devices or of their driver, not of this package
+        reason = str(error).partition("\n")[0] or "the host's memory is full"
+        leave(_told(f"error: out of memory: {reason}", debug), 1)
+    except Exception:
+        leave(f"{traceback.format_exc()}\nThis is a fault of srlm_jax. Please report it with the lines above.", FAULT)
+    except BaseException:  # SystemExit and KeyboardInterrupt
         if not jax.distributed.is_initialized():
             raise
-        leave(traceback.format_exc().rstrip())
+        leave(traceback.format_exc().rstrip(), 1)
 
 
-def leave(message: str) -> NoReturn:
-    """Ends this process with a message and status 1, at once: where others of the job wait for it, they learn so that
-    it is gone, and need not find out by its silence."""
-    if not jax.distributed.is_initialized():
-        sys.exit(message)
+def _told(line: str, debug: bool) -> str:
+    return f"{traceback.format_exc()}\n{line}" if debug else line
+
+
+def leave(message: str, status: int) -> NoReturn:
+    """Prints a message on stderr and ends this process at once.
+
+    The other processes of the job notice a closed connection at once, and a silent process only after a while.
+    """
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
+    if not jax.distributed.is_initialized():
+        sys.exit(status)
     if is_main():
         time.sleep(_LAST_WORDS_S)
-    os._exit(1)  # the ordinary way out waits for all the others, and crashes where one is gone
+    os._exit(status)  # sys.exit would wait for the other processes, and crash if one is gone
 
 
 def fetch(tree: Tree) -> Tree:

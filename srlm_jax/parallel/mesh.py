@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from srlm_jax.errors import BadInput
+
 # How long a process may give no sign of life (it gives two in that time, from a thread that no work holds up) before it
 # counts as gone and jax ends the others. Long enough for a network that stalls for some seconds; jax would wait 100,
 # while every device of the job is paid for.
@@ -73,16 +75,16 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
     who = f"config.coordinator is {coordinator}"
     if coordinator in (None, "auto"):
         if processes is not None or process is not None:
-            raise ValueError(f"{who}: config.processes and config.process belong to an address, HOST:PORT of process 0")
+            raise BadInput(f"{who}: config.processes and config.process belong to an address, HOST:PORT of process 0")
         if coordinator is None:
             return
         join = {}
     else:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise ValueError(f"{who}: give HOST:PORT of process 0, or auto on TPU slices and under Slurm")
+            raise BadInput(f"{who}: give HOST:PORT of process 0, or auto on TPU slices and under Slurm")
         if processes is None or process is None or not 0 <= process < processes:
-            raise ValueError(
+            raise BadInput(
                 f"{who}: config.processes, which is {processes}, must say how many processes the job has, and "
                 f"config.process, which is {process}, which of them this is, from 0"
             )
@@ -102,7 +104,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
             **join,
         )
     except ValueError as error:  # of auto: it found nobody to ask
-        raise ValueError(
+        raise BadInput(
             f"{who}, and this is no host of a TPU slice, no step of Slurm (srun) and no process of Open MPI: give the "
             "address of process 0, config.processes and config.process"
         ) from error
@@ -148,7 +150,7 @@ def arrange(shape: MeshShape, devices: Sequence[jax.Device]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if shape.data % slices:
-        raise ValueError(
+        raise BadInput(
             f"mesh.data is {shape.data}, and the devices form {slices} slices, each with whole copies of the weights: "
             f"make mesh.data {slices}, or a multiple"
         )
@@ -166,7 +168,7 @@ def resolve(shape: MeshShape, devices: int) -> MeshShape:
     if fsdp == -1:
         fsdp = devices // (shape.data * shape.tensor)
     if fsdp < 1 or shape.data * fsdp * shape.tensor != devices:
-        raise ValueError(
+        raise BadInput(
             f"mesh.data x mesh.fsdp x mesh.tensor = {shape.data} x {shape.fsdp} x {shape.tensor} does not make "
             f"{devices} devices: change one of them, or set mesh.fsdp to -1"
         )

@@ -7,6 +7,8 @@ from typing import TypeVar
 import jax
 from flax import nnx
 
+from srlm_jax.errors import BadInput
+
 Tree = TypeVar("Tree")
 
 MeshAxes = tuple[str, ...]  # the mesh axes that one logical axis is split over; () keeps it whole
@@ -133,7 +135,7 @@ def model_shardings(mesh: jax.sharding.Mesh, rules: Mapping[str, MeshAxes], mode
             if size % mesh.shape[mesh_axis]:
                 whole = math.gcd(*(n for _, w in weights for to, _, n in _split(rules, w) if to == mesh_axis))
                 fitting = [n for n in range(1, mesh.size + 1) if whole % n == 0 and mesh.size % n == 0]
-                raise ValueError(
+                raise BadInput(
                     f"mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not divide axis {axis!r} of size "
                     f"{size} of weight {jax.tree_util.keystr(path)} {tuple(weight.shape)}: of {mesh.size} devices, "
                     f"mesh.{mesh_axis} can be {' or '.join(map(str, fitting))} for this model"

@@ -35,7 +35,7 @@ def check_writer(run: Run) -> None:
     Raises:
       BadConfig: it is neither a model of this run nor a folder with a model and a tokenizer; or too few IFT prompts
         are short enough.
-      EndpointError, ImportError: the server cannot be asked.
+      EndpointError, MissingExtra: the server cannot be asked.
     """
     s = run.settings
     if s.models < 2 or s.self_instruction.prompts_file is not None:

@@ -7,30 +7,11 @@ from etils import epath
 import srlm_jax
 from srlm_jax.model import config_files
 from srlm_jax.parallel import hosts, mesh
-from srlm_jax.pipeline.endpoint import EndpointError
 from srlm_jax.pipeline.iteration import self_reward
-from srlm_jax.pipeline.ledger import EmptyStage, StaleStage
 from srlm_jax.pipeline.report import write_report
 from srlm_jax.pipeline.run import Run, make_run
-from srlm_jax.pipeline.settings import BadConfig, read
+from srlm_jax.pipeline.settings import read
 from srlm_jax.storage import jsonl
-from srlm_jax.storage.checkpoint import BadCheckpoint
-from srlm_jax.storage.jsonl import BadRecord
-from srlm_jax.train.loop import Diverged
-
-# What a user can put right: told in one line, without a traceback.
-FAILURES = (
-    BadConfig,
-    StaleStage,
-    EmptyStage,
-    BadCheckpoint,
-    BadRecord,
-    Diverged,
-    EndpointError,
-    ImportError,
-    ValueError,
-    OSError,
-)
 
 _TITLES = {"m0": "M0", "sft": "SFT", "m1": "M1", "m2": "M2", "m3": "M3"}
 _COLUMNS = {
@@ -50,7 +31,7 @@ _COLUMNS = {
 def run_command(config: Mapping, redo: str | None) -> None:
     """Makes what `config` asks for and is not there yet, then writes results.json and report.html and prints a table.
 
-    Raises any of FAILURES; what was done until then stays, and the same command goes on from there.
+    Raises a UserError or an OSError; what was done until then stays, and the same command goes on from there.
     """
     settings = read(config)
     mesh.keep_programs(settings.compile_cache)

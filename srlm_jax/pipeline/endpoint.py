@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from urllib.parse import urlsplit
 
+from srlm_jax.errors import BadInput, MissingExtra, UserError
 from srlm_jax.records import Completion, Request, SamplingParams
 
 
@@ -31,18 +32,18 @@ class EndpointConfig:
         if self.url is None:
             return
         if not self.model:
-            raise ValueError(f"url is {self.url!r} and model is not given: the name that the server knows the model by")
+            raise BadInput(f"url is {self.url!r} and model is not given: the name that the server knows the model by")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise ValueError(
+            raise BadInput(
                 "url must be like 'http://localhost:8000/v1', without a key or password in it (the key is read from "
                 "the environment variable that key_variable names)"
             )
         if not (self.timeout_s > 0 and self.retries >= 0 and self.concurrency > 0 and self.requests_per_minute > 0):
-            raise ValueError("timeout_s, concurrency and requests_per_minute must be above 0, and retries not below")
+            raise BadInput("timeout_s, concurrency and requests_per_minute must be above 0, and retries not below")
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError, RuntimeError):
     """The endpoint cannot be used, or what it answered: the message names it and says what was wrong."""
 
 
@@ -59,7 +60,7 @@ class EndpointGenerate:
     for in Retry-After, or else after twice the time of the try before, between half and all of it at random.
 
     Raises:
-      ImportError: the package `openai` is missing.
+      MissingExtra: the package `openai` is missing.
       EndpointError: the environment variable holds no key.
     """
 
@@ -67,7 +68,7 @@ class EndpointGenerate:
         try:
             import openai
         except ImportError as error:
-            raise ImportError(
+            raise MissingExtra(
                 "an endpoint is asked through the package openai: pip install 'srlm_jax[openai]'"
             ) from error
         self._openai = openai

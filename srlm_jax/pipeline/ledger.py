@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
+from srlm_jax.errors import BadInput, UserError
 from srlm_jax.parallel import hosts
 from srlm_jax.storage import jsonl
 
 
-class StaleStage(ValueError):
+class StaleStage(UserError, ValueError):
     """A stage in the workdir was made by another configuration, code version or input than the one asked for."""
 
 
-class EmptyStage(ValueError):
+class EmptyStage(UserError, ValueError):
     """A stage gave nothing that the next could use."""
 
 
@@ -156,7 +157,7 @@ class Ledger:
             entry = jsonl.read_json(path)
             entries[entry["stage"]] = entry
         if stage not in entries:
-            raise ValueError(f"--redo={stage}: {self.workdir} has no such stage; it has {', '.join(entries) or 'none'}")
+            raise BadInput(f"--redo={stage}: {self.workdir} has no such stage; it has {', '.join(entries) or 'none'}")
         stale = {stage}
         while grown := {name for name, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
             stale |= grown

@@ -13,6 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from srlm_jax.data import world
+from srlm_jax.errors import UserError
 from srlm_jax.judge.rubric import Rubric, paper_rubric
 from srlm_jax.model import llama, quantized, weights
 from srlm_jax.model.llama import Llama
@@ -221,11 +222,11 @@ def draw(generate: Generate, requests: Sequence[Request], params: SamplingParams
 def naming(field: str) -> Iterator[None]:
     """What cannot be read inside is told with the name of the configuration's field that asks for it.
 
-    Raises BadConfig in place of an OSError or a ValueError.
+    Raises BadConfig in place of a UserError or an OSError.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         raise BadConfig(f"{field}: {error}") from error
 
 
@@ -253,7 +254,7 @@ def make_run(settings: Settings, code: str) -> Run:
 
     Raises:
       BadConfig: there is no such model, or it cannot be used; it has fewer token ids than its tokenizer.
-      EndpointError, ImportError: a server cannot be asked.
+      EndpointError, MissingExtra: a server cannot be asked.
       PermissionError, with the field to change: the workdir cannot be written.
       ValueError: the mesh does not fit the devices, or they cannot share a batch.
     """

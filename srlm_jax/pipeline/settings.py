@@ -10,6 +10,7 @@ from typing import TypeVar
 from srlm_jax.data.eft import EftRules
 from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
+from srlm_jax.errors import UserError
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.lora import LoraConfig
 from srlm_jax.parallel.mesh import MeshShape
@@ -23,7 +24,7 @@ from srlm_jax.train.loop import TrainConfig
 T = TypeVar("T")
 
 
-class BadConfig(ValueError):
+class BadConfig(UserError, ValueError):
     """The configuration cannot be run; the message names the field."""
 
 
@@ -226,7 +227,7 @@ def _build(cls: type[T], tree: Mapping, path: str) -> T:
         return cls(**{name: _value(kind, tree[name], f"{path}.{name}") for name, kind in kinds.items()})
     except BadConfig:
         raise
-    except ValueError as error:
+    except UserError as error:
         raise BadConfig(f"{path}: {error}") from error
 
 

@@ -4,16 +4,15 @@ slice of chips that nobody has rented yet, and what it would cost."""
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from srlm_jax import commandline
+from srlm_jax.errors import BadInput
 from srlm_jax.pipeline.settings import read
 from srlm_jax.plan import report
 from srlm_jax.plan.planning import make_plan
 from srlm_jax.storage import jsonl
-
-# What a user can put right: told in one line, without a traceback.
-FAILURES = (ValueError, OSError, ImportError)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to plan: a configuration, as for srlm_jax.main.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -25,16 +24,13 @@ _JSON = flags.DEFINE_string("json", None, "A file to write all of it to.")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; options have the form --topology=v5p:4x4x4")
-    logging.set_verbosity(logging.ERROR)
-    jax.config.update("jax_platforms", "cpu")
-    topology = _TOPOLOGY.value
-    if topology == "auto":
-        if _FAMILY.value is None:
-            sys.exit("error: --topology=auto needs --family, as in --family=v5p")
-        topology = f"auto:{_FAMILY.value}"
-    try:
+    with commandline.begin(argv, "--topology=v5p:4x4x4"):
+        jax.config.update("jax_platforms", "cpu")
+        topology = _TOPOLOGY.value
+        if topology == "auto":
+            if _FAMILY.value is None:
+                raise BadInput("--topology=auto needs --family, as in --family=v5p")
+            topology = f"auto:{_FAMILY.value}"
         plan = make_plan(
             read(_CONFIG.value.to_dict()),
             topology,
@@ -43,8 +39,6 @@ def main(argv: list[str]) -> None:
         print(report.text(plan, _PRICE.value))
         if _JSON.value is not None:
             jsonl.write_json(_JSON.value, report.document(plan, _PRICE.value))
-    except FAILURES as error:
-        sys.exit(f"error: {error}")
     sys.exit(0 if plan.fits else 3)
 
 

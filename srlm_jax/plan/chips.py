@@ -9,6 +9,8 @@ import re
 import jax
 from jax.experimental import topologies
 
+from srlm_jax.errors import BadInput, MissingExtra
+
 GIB = 2**30
 
 
@@ -81,23 +83,21 @@ def parse_slice(text: str) -> Slice:
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", text)
     if match is None or match[1] not in CHIPS:
-        raise ValueError(
+        raise BadInput(
             f"--topology={text!r} is no slice: give one of {', '.join(CHIPS)}, a colon and its shape, as in "
             "v5p:4x4x4 or h100:8, or auto:v5p for the smallest that fits"
         )
     chip, shape = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     dimensions = chip.sizes[0].count("x") + 1
     if len(shape) != dimensions or not all(shape):
-        raise ValueError(
-            f"--topology={text!r}: a slice of {chip.name} has {dimensions} numbers, as {chip.sizes[-1]} has"
-        )
+        raise BadInput(f"--topology={text!r}: a slice of {chip.name} has {dimensions} numbers, as {chip.sizes[-1]} has")
     return Slice(chip, shape)
 
 
 def slices(family: str) -> list[Slice]:
     """All slices of a kind of chip, smallest first."""
     if family not in CHIPS:
-        raise ValueError(f"no chip is named {family!r}: choose one of {', '.join(CHIPS)}")
+        raise BadInput(f"no chip is named {family!r}: choose one of {', '.join(CHIPS)}")
     return [parse_slice(f"{family}:{size}") for size in CHIPS[family].sizes]
 
 
@@ -105,7 +105,7 @@ def devices(where: Slice) -> list[jax.Device]:
     """The slice's devices as the compiler knows them; there is no hardware behind them.
 
     Raises:
-      ImportError: libtpu is not installed.
+      MissingExtra: libtpu is not installed.
       ValueError: the compiler knows no such slice.
     """
     # libtpu asks the machine's metadata server otherwise, and lets one process in at a time for the chips' sake.
@@ -118,11 +118,11 @@ def devices(where: Slice) -> list[jax.Device]:
     ):
         os.environ.setdefault(name, value)
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("a plan for a TPU needs its compiler: pip install -e '.[plan]'")
+        raise MissingExtra("a plan for a TPU needs its compiler: pip install -e '.[plan]'")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=where.name).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology={where.name}: the compiler knows no such slice ({error!s:.200})") from error
+        raise BadInput(f"--topology={where.name}: the compiler knows no such slice ({error!s:.200})") from error
 
 
 def splits(chips: int) -> list[tuple[int, int]]:

@@ -167,7 +167,7 @@ def make_plan(settings: Settings, topology: str, report: Callable[[str], None]) 
 
     Raises:
       BadConfig, ValueError: the slice does not exist, or the mesh does not fit it, the model or the batches.
-      ImportError: the compiler is not installed.
+      MissingExtra: the compiler is not installed.
     """
     settings = with_numbers(settings)
     check_adapters(settings)

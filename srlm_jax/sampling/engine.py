@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from srlm_jax.errors import BadInput
 from srlm_jax.model.llama import Llama, by_layer
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.sampling import decode as dec
@@ -38,7 +39,7 @@ class EngineConfig:
     def __post_init__(self):
         for name in ("weights", "cache"):
             if (kept := getattr(self, name)) not in (None, "int8"):
-                raise ValueError(f"{name} can be 'int8', or left out to round nothing; not {kept!r}")
+                raise BadInput(f"{name} can be 'int8', or left out to round nothing; not {kept!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from srlm_jax.errors import UserError
 from srlm_jax.parallel import hosts
 from srlm_jax.storage import jsonl
 
 Tree = TypeVar("Tree")
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(UserError, ValueError):
     """A checkpoint is missing, unfinished, damaged or of another model."""
 
 

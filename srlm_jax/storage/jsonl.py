@@ -23,13 +23,15 @@ from typing import TypeVar
 
 from etils import epath
 
+from srlm_jax.errors import UserError
+
 Record = TypeVar("Record")
 
 _SHARD = re.compile(r"([0-9]{5,})\.jsonl")
 _ADVICE = "correct it, or delete the file and run the stage that writes it again"
 
 
-class BadRecord(ValueError):
+class BadRecord(UserError, ValueError):
     """A file does not hold the records it should; the message says where, what is wrong and what to do."""
 
 

@@ -19,13 +19,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from srlm_jax.errors import MissingExtra
 from srlm_jax.storage import jsonl
 
 ADVICE = "correct the row or remove it, or fetch the file again where it was cut short"
-
-
-class MissingExtra(ValueError):
-    """A file or data set needs a package that the base install does not bring; the message names the extra."""
 
 
 _TFDS = "tfds:"

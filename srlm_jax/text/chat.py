@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+from srlm_jax.errors import BadInput
 from srlm_jax.text.tokenizer import Tokenizer
 
 
@@ -34,11 +35,11 @@ class ChatFormat:
 
     def __post_init__(self):
         if self.system and self.around_system is None:
-            raise ValueError("this chat format has no place for a system prompt")
+            raise BadInput("this chat format has no place for a system prompt")
         for control in self.control:
             if _may_join(self.neutral, control):
                 # "[IN[INST]ST]" without its inner mark is a mark.
-                raise ValueError(
+                raise BadInput(
                     f"neutral {self.neutral!r} and the text around it could make the control string {control!r}; "
                     "choose one that is not empty and shares no beginning or end with it"
                 )

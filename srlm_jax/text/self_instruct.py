@@ -16,6 +16,7 @@ from fractions import Fraction
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
+from srlm_jax.errors import BadInput
 from srlm_jax.records import Completion
 
 _NUMBERED = re.compile(r"\n\s*[0-9]+\s?\.(?:\s|\Z)")
@@ -65,11 +66,11 @@ class Filters:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_words <= self.max_words:
-            raise ValueError(f"1 <= min_words <= max_words must hold, got {self.min_words} and {self.max_words}")
+            raise BadInput(f"1 <= min_words <= max_words must hold, got {self.min_words} and {self.max_words}")
         if not 0 <= self.max_rouge_l <= 1:
-            raise ValueError(f"max_rouge_l is an F1 between 0 and 1, got {self.max_rouge_l}")
+            raise BadInput(f"max_rouge_l is an F1 between 0 and 1, got {self.max_rouge_l}")
         if not all(text.strip() for text in (*self.banned_words, *self.banned_starts)):
-            raise ValueError("banned_words and banned_starts must not hold empty strings: they would ban everything")
+            raise BadInput("banned_words and banned_starts must not hold empty strings: they would ban everything")
 
 
 def creation_prompt(demonstrations: Sequence[str]) -> str:
@@ -79,7 +80,7 @@ def creation_prompt(demonstrations: Sequence[str]) -> str:
     Raises ValueError where there are none. Source: Self-Instruct's template, which the paper uses with 8.
     """
     if not demonstrations:
-        raise ValueError("the prompt for new tasks needs at least one demonstration")
+        raise BadInput("the prompt for new tasks needs at least one demonstration")
     lines = [f"{number}. {_one_line(text).rstrip(':')}" for number, text in enumerate(demonstrations, start=1)]
     return "\n".join(["Come up with a series of tasks:", *lines, f"{len(lines) + 1}."])
 
@@ -98,7 +99,7 @@ def choose_demonstrations(
     machine_count = min(from_generated, len(machine))
     human_count = from_seeds + from_generated - machine_count
     if human_count > len(human):
-        raise ValueError(
+        raise BadInput(
             f"{human_count} different seed prompts are needed to demonstrate tasks and there are {len(human)}; "
             "lower from_seeds or from_generated, or give more seed prompts"
         )
@@ -190,7 +191,7 @@ class NoveltyPool:
         if word not in self._characters:
             code = len(self._characters)
             if code > sys.maxunicode:
-                raise ValueError("the instructions hold over a million different words: they are not natural text")
+                raise BadInput("the instructions hold over a million different words: they are not natural text")
             self._characters[word] = chr(code)
         return self._characters[word]
 

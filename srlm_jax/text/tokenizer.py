@@ -11,6 +11,7 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from srlm_jax.errors import BadInput
 from srlm_jax.storage import jsonl
 
 _WORDS = "words.json"  # the embedded world's vocabulary
@@ -63,7 +64,7 @@ class WordTokenizer:
 
     def __post_init__(self):
         if len(set(self.words)) != len(self.words):
-            raise ValueError("the vocabulary holds a word twice")
+            raise BadInput("the vocabulary holds a word twice")
         object.__setattr__(self, "_ids", {word: 4 + i for i, word in enumerate(self.words)})
 
     @property
@@ -80,7 +81,7 @@ class WordTokenizer:
         return " ".join(words).replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")
 
     def control(self, name: str) -> int:
-        raise ValueError(f"a vocabulary of words has no control token {name!r}; choose a chat format without")
+        raise BadInput(f"a vocabulary of words has no control token {name!r}; choose a chat format without")
 
     def save(self, folder: epath.Path) -> None:
         jsonl.write_json(folder / _WORDS, list(self.words))
@@ -96,7 +97,7 @@ class WordTokenizer:
         special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         pieces = [*special.values(), *self.words]
         if len(set(pieces)) != len(pieces):
-            raise ValueError(f"{_WORDS} holds one of {', '.join(special.values())}, which are not words elsewhere")
+            raise BadInput(f"{_WORDS} holds one of {', '.join(special.values())}, which are not words elsewhere")
         ids = {piece: i for i, piece in enumerate(pieces)}
         made = tokenizers.Tokenizer(models.WordLevel(ids, special["unk_token"]))
         made.add_special_tokens([*special.values()])
@@ -128,18 +129,18 @@ class SentencePieceTokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._path.read_bytes())
         except (RuntimeError, UnicodeDecodeError) as error:  # the latter where it quotes what it cannot use
-            raise ValueError(
+            raise BadInput(
                 f"{path} is not a SentencePiece model: {error}. Llama-3's file of this name is of another kind; "
                 "its tokenizer.json is read"
             ) from error
         self.vocabulary = self._pieces.vocab_size()
         self.bos, self.eos = self._pieces.bos_id(), self._pieces.eos_id()
         if self.bos < 0 or self.eos < 0:
-            raise ValueError(f"{path} defines no begin or no end token (bos {self.bos}, eos {self.eos})")
+            raise BadInput(f"{path} defines no begin or no end token (bos {self.bos}, eos {self.eos})")
         try:
             self._pieces.decode(list(range(self.vocabulary)))
         except UnicodeDecodeError as error:  # else it would come in the middle of a run, once a model draws the piece
-            raise ValueError(f"{path} holds a piece that is not UTF-8 text ({error}): copy it again") from error
+            raise BadInput(f"{path} holds a piece that is not UTF-8 text ({error}): copy it again") from error
         self.ends = (self.eos,)
         self.pad = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos
 
@@ -153,9 +154,7 @@ class SentencePieceTokenizer:
     def control(self, name: str) -> int:
         piece = self._pieces.piece_to_id(name)
         if not self._pieces.IsControl(piece):
-            raise ValueError(
-                f"{self._path} has no control token {name!r}; choose the chat format the model was made for"
-            )
+            raise BadInput(f"{self._path} has no control token {name!r}; choose the chat format the model was made for")
         return piece
 
     def save(self, folder: epath.Path) -> None:
@@ -192,7 +191,7 @@ class HuggingFaceTokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library raises nothing narrower, and what is no Exception where it panics
-            raise ValueError(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from error
+            raise BadInput(f"{path} is not a tokenizer of the tokenizers library: {error!r}") from error
         # A file may carry the settings of a training run, which would cut texts.
         self._tokens.no_truncation()
         self._tokens.no_padding()
@@ -201,7 +200,7 @@ class HuggingFaceTokenizer:
         self.vocabulary = 1 + max(every.values(), default=-1)
         self.ends = _named_ids(path.parent, "eos", every)
         if not self.ends:
-            raise ValueError(f"{path.parent} names no end token: {', '.join(_BESIDE)} are where it should be")
+            raise BadInput(f"{path.parent} names no end token: {', '.join(_BESIDE)} are where it should be")
         self.eos = self.pad = self.ends[0]
         self.bos = (*_named_ids(path.parent, "bos", every), self.eos)[0]
         self._control = {token["content"]: every[token["content"]] for token in added if token["special"]}
@@ -209,7 +208,7 @@ class HuggingFaceTokenizer:
         never = {*self._silent, *self._control.values()}
         for name in sorted(self._tokens.id_to_token(i) for i in never):
             if made := never.intersection(self.encode(name)):
-                raise ValueError(
+                raise BadInput(
                     f"{path} makes the special token {self._tokens.id_to_token(min(made))!r} out of the text {name!r}, "
                     "so that any prompt could; it cannot be used safely"
                 )
@@ -222,9 +221,7 @@ class HuggingFaceTokenizer:
 
     def control(self, name: str) -> int:
         if name not in self._control:
-            raise ValueError(
-                f"{self._path} has no control token {name!r}; choose the chat format the model was made for"
-            )
+            raise BadInput(f"{self._path} has no control token {name!r}; choose the chat format the model was made for")
         return self._control[name]
 
     def save(self, folder: epath.Path) -> None:
@@ -247,11 +244,11 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
     if (folder / _WORDS).exists():
         words = jsonl.read_json(folder / _WORDS)
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"{folder / _WORDS} must hold a list of words; copy it again")
+            raise BadInput(f"{folder / _WORDS} must hold a list of words; copy it again")
         try:
             return WordTokenizer(tuple(words))
         except ValueError as error:
-            raise ValueError(f"{folder / _WORDS}: {error}; copy it again") from error
+            raise BadInput(f"{folder / _WORDS}: {error}; copy it again") from error
     if (folder / "tokenizer.json").exists():
         return HuggingFaceTokenizer(folder / "tokenizer.json")
     if (folder / "tokenizer.model").exists():
@@ -268,7 +265,7 @@ def check_vocabulary(tokenizer: Tokenizer, V: int) -> None:
     Raises ValueError with the tokenizer's name and both numbers.
     """
     if tokenizer.vocabulary > V:
-        raise ValueError(
+        raise BadInput(
             f"the tokenizer has {tokenizer.vocabulary} ids and the model {V}: {tokenizer.name} is another "
             "model's, or the model's vocabulary has to be larger"
         )
@@ -293,7 +290,7 @@ def _named_ids(folder: epath.Path, role: str, ids: dict[str, int]) -> tuple[int,
             text = token.get("content") if isinstance(token, dict) else token
             one = ids.get(text) if isinstance(text, str) else text
             if type(one) is not int or one not in ids.values():
-                raise ValueError(f"{path}: {key} is {value!r}, which is no token of tokenizer.json beside it")
+                raise BadInput(f"{path}: {key} is {value!r}, which is no token of tokenizer.json beside it")
             found.append(one)
     return tuple(dict.fromkeys(found))
 
@@ -302,7 +299,7 @@ def _read_object(path: epath.Path) -> dict:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise BadInput(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise BadInput(f"{path} holds no JSON object")
     return document

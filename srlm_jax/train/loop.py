@@ -14,6 +14,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from srlm_jax.errors import BadInput, UserError
 from srlm_jax.model.llama import Llama
 from srlm_jax.model.lora import LoraConfig, merge, split
 from srlm_jax.parallel import hosts, rules
@@ -37,13 +38,13 @@ class TrainConfig:
     def __post_init__(self):
         for field in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+                raise BadInput(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
+            raise BadInput(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
         schedule(self.optimizer, self.steps)  # refuses a warm-up that is longer than the training
 
 
-class Diverged(FloatingPointError):
+class Diverged(UserError, FloatingPointError):
     """The loss or the gradient is not a number."""
 
 

@@ -6,6 +6,8 @@ import jax
 import optax
 from flax import nnx
 
+from srlm_jax.errors import BadInput
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -28,7 +30,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       ValueError: the warm-up leaves no step for the fall.
     """
     if config.warmup_steps and config.warmup_steps > steps - 2:
-        raise ValueError(
+        raise BadInput(
             f"warmup_steps ({config.warmup_steps}) must leave two of the training's {steps} steps: the peak and the end"
         )
     return optax.warmup_cosine_decay_schedule(

@@ -98,7 +98,7 @@ def test_whatever_a_process_waits_for_it_says_in_a_line_that_the_other_is_gone(t
     wanted = {
         "killed": (-signal.SIGKILL, None),
         "unable": (1, "error: no room on the disk"),
-        "faulty": (1, "KeyError: 'a fault of the program'"),
+        "faulty": (70, "This is a fault of srlm_jax. Please report it with the lines above."),
     }
     assert (other, own.splitlines()[-1] if own and what != "killed" else None) == wanted[what]
     assert ("Traceback" in own) == (what == "faulty")

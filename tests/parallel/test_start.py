@@ -10,8 +10,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from srlm_jax.errors import BadInput, MissingExtra
 from srlm_jax.parallel.hosts import leave, leaving
 from srlm_jax.parallel.mesh import FAREWELL_S, SILENCE_S, start
+from srlm_jax.pipeline.endpoint import EndpointError
+from srlm_jax.pipeline.settings import BadConfig
 
 ROOT = Path(__file__).parents[2]
 JOIN = """
@@ -51,11 +54,11 @@ from jax.experimental import multihost_utils
 
 multihost_utils.sync_global_devices("all are here")
 if jax.process_index() == 1:
-    leave("error: config.dpo.beta is odd")
+    leave("error: config.dpo.beta is odd", 1)
 try:
     multihost_utils.sync_global_devices("process 1 never comes here")
 except Exception as error:
-    leave(f"error: {error}")
+    leave(f"error: {error}", 1)
 """
 
 
@@ -100,16 +103,58 @@ def test_a_process_that_leaves_says_why_and_the_others_do_not_wait_for_it(addres
     assert status != 0 and said  # the runtime tells it either by an error or by an abort, whichever comes first
 
 
-def test_alone_it_leaves_as_any_program_does():
-    with pytest.raises(SystemExit, match=r"^error: config\.dpo\.beta is odd$"):
-        leave("error: config.dpo.beta is odd")
+def test_alone_it_leaves_as_any_program_does(capsys):
+    with pytest.raises(SystemExit, match=r"^3$"):
+        leave("error: config.dpo.beta is odd", 3)
+    assert capsys.readouterr().err == "error: config.dpo.beta is odd\n"
 
 
-def test_alone_a_fault_of_the_program_is_raised_as_it_is():
-    with pytest.raises(KeyError), leaving((ValueError,)):
-        raise KeyError("beta")
-    with pytest.raises(SystemExit, match=r"^error: config\.dpo\.beta is odd$"), leaving((ValueError,)):
-        raise ValueError("config.dpo.beta is odd")
+def left(error, debug, capsys):
+    """The status that an error ends a command with, and what is printed."""
+    with pytest.raises(SystemExit) as ended, leaving(debug):
+        raise error
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadInput("config.dpo.beta is odd"),
+        BadConfig("config.dpo.beta is odd"),
+        MissingExtra("config.dpo.beta is odd"),
+        EndpointError("config.dpo.beta is odd"),
+        OSError("config.dpo.beta is odd"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line(error, capsys):
+    assert left(error, False, capsys) == (1, "error: config.dpo.beta is odd\n")
+    status, said = left(error, True, capsys)
+    assert status == 1 and said.startswith("Traceback") and said.endswith("\nerror: config.dpo.beta is odd\n")
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("beta"), TypeError("odd"), AssertionError(), ValueError("odd"), ImportError("jx"), IndexError()]
+)
+def test_a_fault_of_the_program_keeps_its_traceback(error, capsys):
+    """Every ValueError was once printed as the user's mistake."""
+    status, said = left(error, False, capsys)
+    assert status == 70 and said.startswith("Traceback")
+    assert said.endswith("This is a fault of srlm_jax. Please report it with the lines above.\n")
+
+
+def test_a_full_memory_is_one_line(capsys):
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 80 bytes.\nBufferAssignment: 3")
+    assert left(full, False, capsys) == (
+        1,
+        "error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 80 bytes.\n",
+    )
+    status, said = left(jax.errors.JaxRuntimeError("INTERNAL: no such stream"), False, capsys)
+    assert status == 70 and said.startswith("Traceback") and "fault of srlm_jax" not in said
+
+
+def test_an_interrupt_is_raised_as_it_is():
+    with pytest.raises(KeyboardInterrupt), leaving(False):
+        raise KeyboardInterrupt
 
 
 def test_a_port_that_is_taken_is_told_before_jax_crashes_over_it():

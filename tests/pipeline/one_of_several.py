@@ -14,7 +14,7 @@ from absl import logging
 
 from configs.base import get_config
 from srlm_jax.parallel import hosts
-from srlm_jax.pipeline.command import FAILURES, run_command
+from srlm_jax.pipeline.command import run_command
 
 
 def main(address, processes, number, timeout, workdir, *changes):
@@ -33,7 +33,7 @@ def main(address, processes, number, timeout, workdir, *changes):
             kill_after(*ast.literal_eval(value))
         else:
             config.update_from_flattened_dict({name: ast.literal_eval(value)})
-    with hosts.leaving(FAILURES):
+    with hosts.leaving(False):
         run_command(config.to_dict(), None)
 
 

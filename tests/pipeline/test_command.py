@@ -20,6 +20,7 @@ from srlm_jax.records import (
     Vote,
 )
 from srlm_jax.storage import jsonl
+from srlm_jax.storage.jsonl import BadRecord
 
 
 def metric(value, stderr, n=10):
@@ -99,5 +100,5 @@ def test_the_command_tells_what_a_redo_removed(finished, tmp_path, capsys):
 
 def test_a_metrics_file_that_is_cut_is_named(finished, tmp_path):
     (tmp_path / "sft" / "eval" / "metrics.json").write_text('{"oracle_score": {"val')
-    with pytest.raises(command.FAILURES, match=r"sft/eval/metrics\.json: not valid JSON"):
+    with pytest.raises(BadRecord, match=r"sft/eval/metrics\.json: not valid JSON"):
         run_command(finished, None)

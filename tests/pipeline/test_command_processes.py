@@ -16,6 +16,7 @@ COMMAND = """
 import sys, time
 import jax
 from configs.base import get_config
+from srlm_jax.errors import UserError
 from srlm_jax.pipeline import command, ledger
 
 address, process, workdir, redo = sys.argv[1:]
@@ -44,7 +45,7 @@ for name in ("collect_results", "write_report", "results_table"):
     setattr(command, name, told)
 try:
     command.run_command(config, redo or None)
-except command.FAILURES as error:
+except (UserError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
 jax.distributed.shutdown()
 """
