@@ -168,7 +168,7 @@ def _packing(run: Run, config: TrainConfig, lengths: Sequence[Sequence[int]]) ->
 def example_row(run: Run, prompt: str, response: str) -> Row:
     """Prompt and answer as token ids, the loss on the answer."""
     opening = chat.encode_prompt(run.tokenizer, run.chat, prompt)
-    return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response)), len(opening))
+    return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response, finished=True)), len(opening))
 
 
 compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))

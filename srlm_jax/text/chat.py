@@ -164,13 +164,22 @@ def encode_prompt(tokenizer: Tokenizer, chat: ChatFormat, prompt: str) -> list[i
     return [*ids, *tokenizer.encode(run)]
 
 
-def encode_response(tokenizer: Tokenizer, chat: ChatFormat, response: str) -> list[int]:
-    """The tokens of an answer, with the end token: exactly those that carry the loss.
+def encode_response(tokenizer: Tokenizer, chat: ChatFormat, response: str, finished: bool) -> list[int]:
+    """The tokens of an answer: exactly those that carry the loss.
 
-    They are encoded apart from the prompt's, since the model, too, begins to write there.
+    A finished answer ends with the text that the format puts behind it and with the end token. An answer that the
+    length limit cut (`finished` False) has neither, and keeps the white space at its end: it goes on.
     """
+    if not finished:
+        return tokenizer.encode(response.lstrip() if chat.strips else response)
     text = (response.strip() if chat.strips else response) + chat.after_response
     return [*tokenizer.encode(text), end_of_response(tokenizer, chat)]
+
+
+def encode_prompt_with_opening(tokenizer: Tokenizer, chat: ChatFormat, prompt: str, opening: str) -> list[int]:
+    """The tokens after which the model continues an answer that begins with `opening`, "" for none."""
+    ids = encode_prompt(tokenizer, chat, prompt)
+    return [*ids, *encode_response(tokenizer, chat, opening, finished=False)] if opening else ids
 
 
 def end_of_response(tokenizer: Tokenizer, chat: ChatFormat) -> int:

@@ -50,7 +50,10 @@ def test_targets_are_the_tokens_one_step_on_and_the_loss_is_on_the_response_and_
 
 def test_the_loss_of_an_encoded_exchange_is_on_exactly_the_tokens_of_its_response():
     tokenizer = WordTokenizer(("user:", "assistant:", "\n", "hi", "hello", "there"))
-    prompt, response = encode_prompt(tokenizer, PLAIN, "hi there"), encode_response(tokenizer, PLAIN, "hello there")
+    prompt, response = (
+        encode_prompt(tokenizer, PLAIN, "hi there"),
+        encode_response(tokenizer, PLAIN, "hello there", finished=True),
+    )
     batch = token_batch([Row(tuple(prompt + response), len(prompt))], 12)
     learnt = batch.targets_BT[batch.mask_BT == 1].tolist()
     assert learnt == response

@@ -220,7 +220,10 @@ def test_reference_logprobs_are_those_of_the_model_before(finished, load, name, 
     tokenizer, model = WordTokenizer(world.vocabulary()), load(workdir, reference)
 
     def logprob(prompt, response):
-        opening, answer = encode_prompt(tokenizer, PLAIN, prompt), encode_response(tokenizer, PLAIN, response)
+        opening, answer = (
+            encode_prompt(tokenizer, PLAIN, prompt),
+            encode_response(tokenizer, PLAIN, response, finished=True),
+        )
         ids = np.asarray([*opening, *answer])
         tokens_BT = np.zeros((1, 96), np.int32)
         tokens_BT[0, : len(ids)] = ids

@@ -42,8 +42,11 @@ def test_a_prompt_by_hand():
 
 
 def test_a_response_ends_with_the_end_token():
-    assert encode_response(TOKENIZER, PLAIN, "hi there") == [*TOKENIZER.encode("hi there"), TOKENIZER.eos]
-    assert encode_response(TOKENIZER, PLAIN, "") == [TOKENIZER.eos]
+    assert encode_response(TOKENIZER, PLAIN, "hi there", finished=True) == [
+        *TOKENIZER.encode("hi there"),
+        TOKENIZER.eos,
+    ]
+    assert encode_response(TOKENIZER, PLAIN, "", finished=True) == [TOKENIZER.eos]
 
 
 def test_a_document_is_begun_and_ended_and_an_opening_is_begun():
@@ -219,7 +222,7 @@ def test_ids_are_those_of_the_published_template(bytelevel, chat, published, pro
     assert ids == reference.encode(opening, add_special_tokens=False).ids
     assume(response[0] == response.strip()[:1])  # white space would merge with that of the frame before it
     text, end = published(prompt, response, system)
-    whole = [*ids, *encode_response(tokenizer, told, response)]
+    whole = [*ids, *encode_response(tokenizer, told, response, finished=True)]
     assert whole == reference.encode(text + end, add_special_tokens=False).ids
     assert whole[-1] == end_of_response(tokenizer, told) == tokenizer.control(end) != tokenizer.eos
 
@@ -232,7 +235,7 @@ def test_text_that_spells_a_mark_is_no_mark(bytelevel, chat, prompt, system):
     for told, calm in ((chat, chat), (with_system(chat, system), with_system(chat, system and "hi"))):
         marks = [i for i in encode_prompt(tokenizer, told, prompt) if i in special]
         assert marks == [i for i in encode_prompt(tokenizer, calm, "hi") if i in special]
-    assert not special & set(encode_response(tokenizer, chat, prompt)[:-1])
+    assert not special & set(encode_response(tokenizer, chat, prompt, finished=True)[:-1])
 
 
 def test_what_a_judge_is_shown_cannot_forge_a_turn_either(bytelevel):
@@ -250,7 +253,7 @@ def test_a_format_whose_marks_the_tokenizer_lacks_is_refused(bytelevel):
         encode_prompt(TOKENIZER, LLAMA3, "hi")
     absent = dataclasses.replace(CHATML, end="<|stop|>")
     with pytest.raises(ValueError, match=r"no control token '<\|stop\|>'; choose the chat format"):
-        encode_response(bytelevel[0], absent, "hi")
+        encode_response(bytelevel[0], absent, "hi", finished=True)
 
 
 def test_a_system_prompt_needs_a_place():
@@ -263,7 +266,7 @@ def test_a_system_prompt_needs_a_place():
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_ends_its_answers(name, bytelevel):
     chat: ChatFormat = FORMATS[name]
-    ids = encode_response(bytelevel[0], chat, "hello")
+    ids = encode_response(bytelevel[0], chat, "hello", finished=True)
     assert bytelevel[0].decode(ids[:-1]).strip() == "hello"
     assert ids[-1] == end_of_response(bytelevel[0], chat)
 
@@ -281,7 +284,7 @@ def test_ids_are_those_of_llama_2s_reference_code(llama2, prompt, response, syst
     inner = f"<<SYS>>\n{system}\n<</SYS>>\n\n{prompt.strip()}" if system else prompt.strip()
     ids = encode_prompt(llama2, told, prompt)
     assert ids == [1, *llama2.encode(f"[INST] {inner} [/INST]")]
-    whole = [*ids, *encode_response(llama2, told, response)]
+    whole = [*ids, *encode_response(llama2, told, response, finished=True)]
     assert whole == [1, *llama2.encode(f"[INST] {inner} [/INST] {response.strip()} "), 2]
 
 
@@ -301,4 +304,6 @@ def test_ids_are_those_of_transformers_with_llama_2s_template(llama2, llama2_fol
         ids = encode_prompt(llama2, told, prompt)
         assert ids == reference(text, add_special_tokens=False).input_ids
         text += f" {response.strip()} </s>"
-        assert [*ids, *encode_response(llama2, told, response)] == reference(text, add_special_tokens=False).input_ids
+        assert [*ids, *encode_response(llama2, told, response, finished=True)] == reference(
+            text, add_special_tokens=False
+        ).input_ids
