@@ -1,5 +1,6 @@
 """`python -m srlm_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --output=FILE.jsonl`: completions of any Llama."""
 
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -65,7 +66,9 @@ def generate(
         raise FileExistsError(f"{output} is there already: choose another --output, or remove it")
     if jax.device_count() % tensor:
         raise BadInput(f"--tensor={tensor} does not divide the {jax.device_count()} devices")
-    asked = sources.read_prompts(prompts, "prompt")
+    asked, dropped = sources.read_prompts(prompts, "prompt")
+    for reason, count in dropped.items():
+        print(f"{prompts}: {reason}: {count}", file=sys.stderr)
     source = open_model(
         checkpoint,
         meshes.sample_mesh(MeshShape(data=1, fsdp=-1, tensor=tensor)),

@@ -42,8 +42,8 @@ class PromptRow:
 Record = TypeVar("Record", Example, RankedPrompt, PromptRow)
 
 
-def read_examples(source: epath.PathLike, name: str) -> list[Example]:
-    """IFT examples. A row without an id is called `name` and its number.
+def read_examples(source: epath.PathLike, name: str) -> tuple[list[Example], dict[str, int]]:
+    """IFT examples, and how many rows were dropped, by reason. A row without an id is called `name` and its number.
 
     Raises:
       BadRecord, naming file and line: a column is missing, mistyped or blank, or an id occurs twice.
@@ -52,14 +52,15 @@ def read_examples(source: epath.PathLike, name: str) -> list[Example]:
     return _read(source, name, Example)
 
 
-def read_ranked(source: epath.PathLike, name: str) -> list[RankedPrompt]:
+def read_ranked(source: epath.PathLike, name: str) -> tuple[list[RankedPrompt], dict[str, int]]:
     """Prompts with ranked responses; raises as `read_examples` does, and where the ranks do not rank the responses."""
     return _read(source, name, RankedPrompt)
 
 
-def read_prompts(source: epath.PathLike, name: str) -> list[Prompt]:
+def read_prompts(source: epath.PathLike, name: str) -> tuple[list[Prompt], dict[str, int]]:
     """A fixed set of prompts, of origin "user"; raises as `read_examples` does."""
-    return [Prompt(id=row.id, text=row.prompt, origin="user") for row in _read(source, name, PromptRow)]
+    found, counts = _read(source, name, PromptRow)
+    return [Prompt(id=row.id, text=row.prompt, origin="user") for row in found], counts
 
 
 def without_overlap(
@@ -109,7 +110,7 @@ def _keys(records: Iterable[Example | RankedPrompt]) -> set[str]:
     return {same_text_key(record.prompt) for record in records}
 
 
-def _read(source: epath.PathLike, name: str, cls: type[Record]) -> list[Record]:
+def _read(source: epath.PathLike, name: str, cls: type[Record]) -> tuple[list[Record], dict[str, int]]:
     columns = [field.name for field in dataclasses.fields(cls) if field.name != "id"]
     found, places = [], {}
     for number, (where, row) in enumerate(rows.read(source, ("id", *columns)), start=1):
@@ -127,7 +128,7 @@ def _read(source: epath.PathLike, name: str, cls: type[Record]) -> list[Record]:
             raise jsonl.BadRecord(f"{where}: {problem}; {rows.ADVICE}")
         places[record.id] = where
         found.append(record)
-    return found
+    return found, {}
 
 
 def _fault(record: Example | RankedPrompt | PromptRow) -> str | None:

@@ -145,11 +145,11 @@ def _take_prompts(run: Run, name: str) -> None:
 
     def work() -> Outcome:
         with naming("config.self_instruction.prompts_file"):
-            given = sources.read_prompts(source, "prompt")
+            given, dropped = sources.read_prompts(source, "prompt")
         evaluated = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
         prompts, counts = sources.usable_prompts(given, evaluated)
         fitting = [p for p in prompts if prompt_tokens(run, p.text) <= run.settings.max_prompt_tokens]
-        counts |= {str(Rejection.TOO_MANY_TOKENS): len(prompts) - len(fitting)}
+        counts |= dropped | {str(Rejection.TOO_MANY_TOKENS): len(prompts) - len(fitting)}
         if not fitting:
             raise EmptyStage(
                 f"{stage}: none of the {len(given)} prompts of config.self_instruction.prompts_file can be used "

@@ -36,14 +36,15 @@ def evaluate(run: Run, name: str) -> None:
         judged = judge_all(
             run, name, f"{stage}/judgements", [as_responses(p) for p in ranked], f"{name}: evaluating the judge"
         )
-        metrics = human_loss(run, name) | reward_metrics(ranked, judged)
+        metrics, counts = human_loss(run, name) | reward_metrics(ranked, judged), {}
         if run.embedded:
             metrics = _oracle_metrics(run, name, stage) | metrics
         elif prompts_file is not None:
-            metrics = _validation_metrics(run, name, stage) | metrics
+            measured, counts = _validation_metrics(run, name, stage)
+            metrics = measured | metrics
         if hosts.is_main():
             jsonl.write_json(folder / "metrics.json", {key: vars(metric) for key, metric in metrics.items()})
-        return Outcome(vote_counts(judged) | {"prompts_with_too_many_tokens": too_long}, None)
+        return Outcome(vote_counts(judged) | {"prompts_with_too_many_tokens": too_long} | counts, None)
 
     fields = [
         "judging",
@@ -78,11 +79,12 @@ def _oracle_metrics(run: Run, name: str, stage: str) -> dict[str, Metric]:
     return oracle_metrics(answers, scores)
 
 
-def _validation_metrics(run: Run, name: str, stage: str) -> dict[str, Metric]:
-    """How long the answers to the validation prompts are and, where a server judges them, what it gives them."""
+def _validation_metrics(run: Run, name: str, stage: str) -> tuple[dict[str, Metric], dict[str, int]]:
+    """How long the answers to the validation prompts are and, where a server judges them, their scores; and how many
+    rows of the prompts were dropped, by reason."""
     s = run.settings.validation
     with naming("config.validation.prompts_file"):
-        prompts = sources.read_prompts(s.prompts_file, "validation")
+        prompts, dropped = sources.read_prompts(s.prompts_file, "validation")
         for prompt in prompts:
             if (tokens := prompt_tokens(run, prompt.text)) > run.settings.max_prompt_tokens:
                 raise BadConfig(
@@ -90,10 +92,11 @@ def _validation_metrics(run: Run, name: str, stage: str) -> dict[str, Metric]:
                     f"{run.settings.max_prompt_tokens}: take it out, or raise the limit"
                 )
     answers = _held_out_answers(run, name, stage, prompts)
+    counts = {f"validation_{reason}": count for reason, count in dropped.items()}
     if s.endpoint.url is None:
-        return validation_metrics(answers, [])
+        return validation_metrics(answers, []), counts
     judged = judge_answers(run, EndpointGenerate(s.endpoint), f"{stage}/validation", answers, f"{name}: validation")
-    return validation_metrics(answers, judged)
+    return validation_metrics(answers, judged), counts
 
 
 def score_round_by_oracle(run: Run, name: str) -> None:

@@ -46,7 +46,7 @@ def split_seed(run: Run) -> None:
 
     def work() -> Outcome:
         if s.ift is not None:
-            split, counts = _own_split(run), {}
+            split, counts = _own_split(run)
             run.settings.check_demonstrations("config.seed_data.ift: examples that can be used:", len(split.ift))
         else:
             with naming("config.seed_data.trees"):
@@ -78,16 +78,19 @@ def split_seed(run: Run) -> None:
         judging.ranked_prompts(run, name)
 
 
-def _own_split(run: Run) -> SeedSplit:
-    s = run.settings.seed_data
-    with naming("config.seed_data.ift"):
-        ift = sources.read_examples(s.ift, "ift")
-    with naming("config.seed_data.eft_train"):
-        eft_train = sources.read_ranked(s.eft_train, "eft-train")
-    with naming("config.seed_data.eft_eval"):
-        eft_eval = sources.read_ranked(s.eft_eval, "eft-eval")
+def _own_split(run: Run) -> tuple[SeedSplit, dict[str, int]]:
+    """The seed data from the user's three sources, and how many rows of each were dropped, by reason."""
+    s, found, counts = run.settings.seed_data, {}, {}
+    for name, read in (
+        ("ift", sources.read_examples),
+        ("eft_train", sources.read_ranked),
+        ("eft_eval", sources.read_ranked),
+    ):
+        with naming(f"config.seed_data.{name}"):
+            found[name], dropped = read(getattr(s, name), name.replace("_", "-"))
+        counts |= {f"{name}_{reason}": count for reason, count in dropped.items()}
     with naming("config.seed_data"):
-        return sources.without_overlap(ift, eft_train, eft_eval)
+        return sources.without_overlap(**found), counts
 
 
 def check_lengths(run: Run) -> None:

@@ -29,16 +29,16 @@ def test_rows_become_records(tmp_path):
     path = write(
         tmp_path, {"prompt": "q", "response": "r", "source": "us"}, {"id": "mine", "prompt": "p", "response": "s"}
     )
-    assert read_examples(path, "ift") == [
+    assert read_examples(path, "ift")[0] == [
         Example(id="ift-000001", prompt="q", response="r"),
         Example(id="mine", prompt="p", response="s"),
     ]
     path = write(tmp_path, {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 0, 2], "id": None})
-    assert read_ranked(path, "eft") == [
+    assert read_ranked(path, "eft")[0] == [
         RankedPrompt(id="eft-000001", prompt="q", responses=("a", "b", "c"), ranks=(2, 0, 2))
     ]
     path = write(tmp_path, {"prompt": "q"})
-    assert read_prompts(path, "prompt") == [Prompt(id="prompt-000001", text="q", origin="user")]
+    assert read_prompts(path, "prompt")[0] == [Prompt(id="prompt-000001", text="q", origin="user")]
 
 
 @pytest.mark.parametrize(
