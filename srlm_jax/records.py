@@ -29,11 +29,15 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One supervised example: the loss is on `response` alone (and the end token after it)."""
+    """One supervised example: the loss is on `response` alone, and on the end token after it where it is finished.
+
+    `finished` is False where a length limit cut the response. Human responses are always finished.
+    """
 
     id: str
     prompt: str
     response: str
+    finished: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,25 +117,35 @@ class PairDrop(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """The best and the worst answer to one prompt, by the judge's mean score (paper section 2.2)."""
+    """The best and the worst answer to one prompt, by the judge's mean score (paper section 2.2).
+
+    `chosen_finished` and `rejected_finished` are False where the length limit cut the answer.
+    """
 
     id: str
     prompt: str
     chosen: str
     rejected: str
+    chosen_finished: bool
+    rejected_finished: bool
     chosen_score: float
     rejected_score: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferencePair:
-    """A preference pair with what the round's starting model gives each answer: log-probabilities summed over its
-    tokens, the end token included, in nats."""
+    """A preference pair with the log-probability of each answer under the round's starting model, in nats.
+
+    A log-probability is the sum over the answer's tokens and its end token. A cut answer (`chosen_finished` or
+    `rejected_finished` is False) has no end token.
+    """
 
     id: str
     prompt: str
     chosen: str
     rejected: str
+    chosen_finished: bool
+    rejected_finished: bool
     chosen_logprob: float
     rejected_logprob: float
 

@@ -123,7 +123,7 @@ def eft_examples(
                 if (text, vote.text) in examples:
                     counts[EftDrop.DUPLICATE] += 1
                     continue
-                example = Example(id=f"{prompt.id}/{index}/{draw}", prompt=text, response=vote.text)
+                example = Example(id=f"{prompt.id}/{index}/{draw}", prompt=text, response=vote.text, finished=True)
                 examples[text, vote.text] = example
                 scores[example.id] = vote.score
         counts["accepted_draws"] += kept

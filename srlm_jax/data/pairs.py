@@ -29,6 +29,8 @@ def preference_pair(judged: JudgedPrompt) -> PreferencePair | PairDrop:
         prompt=judged.prompt,
         chosen=best.response,
         rejected=worst.response,
+        chosen_finished=best.finished,
+        rejected_finished=worst.finished,
         chosen_score=best.score,
         rejected_score=worst.score,
     )

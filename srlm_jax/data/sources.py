@@ -111,7 +111,7 @@ def _keys(records: Iterable[Example | RankedPrompt]) -> set[str]:
 
 
 def _read(source: epath.PathLike, name: str, cls: type[Record]) -> tuple[list[Record], dict[str, int]]:
-    columns = [field.name for field in dataclasses.fields(cls) if field.name != "id"]
+    columns = [field.name for field in dataclasses.fields(cls) if field.name not in ("id", "finished")]
     found, places = [], {}
     for number, (where, row) in enumerate(rows.read(source, ("id", *columns)), start=1):
         if missing := [column for column in columns if column not in row]:
@@ -120,6 +120,8 @@ def _read(source: epath.PathLike, name: str, cls: type[Record]) -> tuple[list[Re
             )
         if row.get("id") is None:
             row["id"] = f"{name}-{number:06}"
+        if cls is Example:
+            row["finished"] = True  # a human's answer is whole
         record = jsonl.decode(where, row, cls, rows.ADVICE)
         problem = _fault(record)
         if problem is None and record.id in places:

@@ -119,7 +119,7 @@ def split_seed(trees: Sequence[dict], rules: SeedRules, seed: int) -> SeedSplit:
     eft = [tree.ranked for tree in ranked[:eft_prompts]]
     counts.update(ift=len(ift), eft_train=rules.eft_train_prompts, eft_eval=rules.eft_eval_prompts)
     return SeedSplit(
-        ift=[Example(id=tree.id, prompt=tree.prompt, response=tree.best) for tree in ift],
+        ift=[Example(id=tree.id, prompt=tree.prompt, response=tree.best, finished=True) for tree in ift],
         eft_eval=eft[: rules.eft_eval_prompts],
         eft_train=eft[rules.eft_eval_prompts :],
         counts={str(name): count for name, count in sorted(counts.items())},

@@ -11,6 +11,7 @@ from srlm_jax.model import llama, weights
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
+from srlm_jax.pipeline.limits import warn_if_cut
 from srlm_jax.pipeline.run import Run, draw, naming, needs_all, progress
 from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import (
@@ -241,6 +242,7 @@ def respond(run: Run, name: str, start: str) -> None:
         answers = draw_answers(run, start, stage, prompts, run.settings.responses, f"{name}: responses")
         completions = [completion for answer in answers for completion in answer.completions]
         cut = sum(not completion.finished for completion in completions)
+        warn_if_cut(stage, "answers", cut, len(completions), "config.responses.max_new_tokens")
         return Outcome({"responses": len(completions), "cut": cut}, None)
 
     run.ledger.run(

@@ -20,7 +20,7 @@ def human_loss(run: Run, name: str) -> dict[str, Metric]:
     own loss says; DPO moves it by some per cent. Answers that do not fit config.context_length are left out.
     """
     ranked = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
-    best = [example_row(run, p.prompt, p.responses[p.ranks.index(min(p.ranks))]) for p in ranked]
+    best = [example_row(run, p.prompt, p.responses[p.ranks.index(min(p.ranks))], True) for p in ranked]
     rows = [row for row in best if row.length <= run.settings.context_length]
     return likelihood_metrics(_logprobs(run, name, rows), [len(row.ids) - row.loss_from for row in rows])
 

@@ -7,6 +7,7 @@ from srlm_jax.data import eft, pairs
 from srlm_jax.judge import rubric as rubrics
 from srlm_jax.judge.score import judge
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
+from srlm_jax.pipeline.limits import warn_if_cut
 from srlm_jax.pipeline.run import Run, needs_all
 from srlm_jax.records import (
     Completion,
@@ -167,6 +168,10 @@ def make_pairs(run: Run, name: str) -> None:
                 "cannot teach: look at the score histogram in report.html, raise config.judging.samples or "
                 "config.responses.temperature"
             )
+        counts["chosen_cut"] = sum(not pair.chosen_finished for pair in kept)
+        counts["rejected_cut"] = sum(not pair.rejected_finished for pair in kept)
+        field = "config.responses.max_new_tokens"
+        warn_if_cut(f"{name}/pairs", "chosen answers", counts["chosen_cut"], len(kept), field)
         run.write(jsonl.shard(run.workdir / name / "pairs", 0), kept)
         return Outcome(counts, None)
 

@@ -129,7 +129,7 @@ def fine_tune(run: Run, name: str, files: Sequence[str], inputs: Sequence[str]) 
 
     def make():
         examples = [example for file in files for example in jsonl.read(run.workdir / file, Example)]
-        rows = [example_row(run, example.prompt, example.response) for example in examples]
+        rows = [example_row(run, example.prompt, example.response, example.finished) for example in examples]
         fitting = [row for row in rows if row.length <= run.settings.context_length]
         if not fitting:
             raise EmptyStage(f"{name}: none of {len(rows)} examples fits config.context_length; raise it")
@@ -165,18 +165,18 @@ def _packing(run: Run, config: TrainConfig, lengths: Sequence[Sequence[int]]) ->
     )
 
 
-def example_row(run: Run, prompt: str, response: str) -> Row:
-    """Prompt and answer as token ids, the loss on the answer."""
+def example_row(run: Run, prompt: str, response: str, finished: bool) -> Row:
+    """Prompt and answer as token ids, the loss on the answer; without an end token where the answer was cut."""
     opening = chat.encode_prompt(run.tokenizer, run.chat, prompt)
-    return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response, finished=True)), len(opening))
+    return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response, finished)), len(opening))
 
 
 compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
 
 
 def _pair_row(run: Run, pair: PreferencePair | ReferencePair, reference: tuple[float, float]) -> PairRow:
-    rows = [example_row(run, pair.prompt, text) for text in (pair.chosen, pair.rejected)]
-    return PairRow(*rows, *reference)
+    answers = ((pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished))
+    return PairRow(*(example_row(run, pair.prompt, *answer) for answer in answers), *reference)
 
 
 def _reference_batches(
@@ -254,6 +254,8 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
                     prompt=pair.prompt,
                     chosen=pair.chosen,
                     rejected=pair.rejected,
+                    chosen_finished=pair.chosen_finished,
+                    rejected_finished=pair.rejected_finished,
                     chosen_logprob=float(chosen),
                     rejected_logprob=float(rejected),
                 )

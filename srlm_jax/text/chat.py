@@ -168,10 +168,12 @@ def encode_response(tokenizer: Tokenizer, chat: ChatFormat, response: str, finis
     """The tokens of an answer: exactly those that carry the loss.
 
     A finished answer ends with the text that the format puts behind it and with the end token. An answer that the
-    length limit cut (`finished` False) has neither, and keeps the white space at its end: it goes on.
+    length limit cut (`finished` False) has neither, and keeps the white space at its end: it goes on. A character that
+    the cut left incomplete (U+FFFD at the end) is left out.
     """
     if not finished:
-        return tokenizer.encode(response.lstrip() if chat.strips else response)
+        cut = response.rstrip("\ufffd")
+        return tokenizer.encode(cut.lstrip() if chat.strips else cut)
     text = (response.strip() if chat.strips else response) + chat.after_response
     return [*tokenizer.encode(text), end_of_response(tokenizer, chat)]
 

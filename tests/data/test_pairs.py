@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -22,6 +23,14 @@ def test_best_against_worst():
     assert (pair.id, pair.prompt) == ("p", "q")
     assert (pair.chosen, pair.chosen_score) == ("b", 13 / 3)
     assert (pair.rejected, pair.rejected_score) == ("c", 0.0)
+
+
+def test_which_answers_were_cut_travels_with_the_pair():
+    for finished in itertools.product((False, True), repeat=2):
+        two = judged(("a", 3.0), ("b", 4.0))
+        answers = [dataclasses.replace(it, finished=flag) for it, flag in zip(two.responses, finished, strict=True)]
+        pair = preference_pair(dataclasses.replace(two, responses=tuple(answers)))
+        assert (pair.rejected_finished, pair.chosen_finished) == finished
 
 
 def test_a_response_without_a_score_is_not_the_worst():

@@ -18,7 +18,7 @@ def write(tmp_path, *documents):
 
 
 def example(prompt):
-    return Example(id=f"id {prompt}", prompt=prompt, response="r")
+    return Example(id=f"id {prompt}", prompt=prompt, response="r", finished=True)
 
 
 def ranked(prompt):
@@ -30,8 +30,8 @@ def test_rows_become_records(tmp_path):
         tmp_path, {"prompt": "q", "response": "r", "source": "us"}, {"id": "mine", "prompt": "p", "response": "s"}
     )
     assert read_examples(path, "ift")[0] == [
-        Example(id="ift-000001", prompt="q", response="r"),
-        Example(id="mine", prompt="p", response="s"),
+        Example(id="ift-000001", prompt="q", response="r", finished=True),
+        Example(id="mine", prompt="p", response="s", finished=True),
     ]
     path = write(tmp_path, {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 0, 2], "id": None})
     assert read_ranked(path, "eft")[0] == [

@@ -53,7 +53,7 @@ def test_other_counts_leave_the_evaluation_prompts_as_they_are():
 
 def test_ift_takes_the_answer_of_rank_0():
     result = split([tree("t", reply("worse", 1), reply("best", 0), reply("unranked", None))], ift_prompts=1)
-    assert result.ift == [Example(id="t", prompt="question t", response="text best")]
+    assert result.ift == [Example(id="t", prompt="question t", response="text best", finished=True)]
     assert result.counts["unranked_reply"] == 1
 
 

@@ -48,10 +48,22 @@ def open_run(workdir, **lora):
 def go(run):
     """M1 by SFT from M0, then M2 by DPO from M1."""
     asked = "list three fruits ."
-    jsonl.write(run.workdir / "ift.jsonl", [Example(id=str(i), prompt=asked, response="plum , fig") for i in range(8)])
+    jsonl.write(
+        run.workdir / "ift.jsonl",
+        [Example(id=str(i), prompt=asked, response="plum , fig", finished=True) for i in range(8)],
+    )
     training.fine_tune(run, "m1", ["ift.jsonl"], ["seed", "m0/train"])
     pairs = [
-        PreferencePair(id=str(i), prompt=asked, chosen="kiwi", rejected="fig , fig", chosen_score=4, rejected_score=1)
+        PreferencePair(
+            id=str(i),
+            prompt=asked,
+            chosen="kiwi",
+            rejected="fig , fig",
+            chosen_finished=True,
+            rejected_finished=True,
+            chosen_score=4,
+            rejected_score=1,
+        )
         for i in range(8)
     ]
     jsonl.write(jsonl.shard(run.workdir / "m2" / "pairs", 0), pairs)

@@ -48,7 +48,10 @@ model = jax.jit(lambda key: llama.init(shapes, key), out_shardings=places)(jax.r
 for name in ("sft", "m1"):
     checkpoint.save_model(run.workdir / name / "checkpoint", model, {})
 run.write(run.workdir / "m2" / "prompts" / "00000.jsonl", [Prompt(id="0", text="what", origin="seed")])
-pair = PreferencePair(id="0", prompt="what", chosen="this", rejected="that", chosen_score=4.0, rejected_score=1.0)
+pair = PreferencePair(
+    id="0", prompt="what", chosen="this", rejected="that", chosen_finished=True, rejected_finished=True,
+    chosen_score=4.0, rejected_score=1.0,
+)
 run.write(run.workdir / "m2" / "pairs" / "00000.jsonl", [pair])
 for name in ("sft/train", "m1/train", "m2/prompts", "m2/pairs"):
     run.ledger.run(name, lambda: Outcome({}, None), config={}, inputs=(), outputs=())

@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,6 +54,8 @@ def pairs(count):
             prompt="list three fruits .",
             chosen=answer(),
             rejected=answer(),
+            chosen_finished=i % 3 > 0,
+            rejected_finished=i % 5 > 0,
             chosen_score=4,
             rejected_score=1,
         )
@@ -100,9 +103,31 @@ def test_packing_changes_neither_the_reference_nor_where_a_round_starts(padded, 
     np.testing.assert_allclose(first["chosen_drift"], 0, atol=1e-5)
 
 
+def test_the_reference_of_a_cut_answer_is_without_the_end_token(padded, tmp_path):
+    run = open_run(tmp_path, packed=False)
+    random_model(run, "m1")
+    model = run.to_train("m1")
+    end = run.tokenizer.eos
+    for pair in padded[0][:6]:
+        for side in ("chosen", "rejected"):
+            text, finished = getattr(pair, side), getattr(pair, f"{side}_finished")
+            row = training.example_row(run, pair.prompt, text, finished)
+            assert (row.ids[-1] == end) == finished
+            ids = np.asarray(row.ids)
+            at = np.arange(len(ids) - 1)[None]
+            hidden, _ = model(jnp.asarray(ids[None, :-1]), jnp.asarray(at), segments_BT=None, cache=None, dropout=None)
+            logprobs = jax.nn.log_softmax(hidden[0] @ model.head(), axis=-1)
+            own = range(row.loss_from, len(ids))
+            wanted = sum(float(logprobs[i - 1, ids[i]]) for i in own)
+            np.testing.assert_allclose(getattr(pair, f"{side}_logprob"), wanted, rtol=1e-4)
+
+
 def test_fewer_examples_than_a_batch_come_several_times(tmp_path):
     run = open_run(tmp_path, packed=True)
-    jsonl.write(run.workdir / "ift.jsonl", [Example(id=str(i), prompt="what ?", response=FRUIT[i]) for i in range(3)])
+    jsonl.write(
+        run.workdir / "ift.jsonl",
+        [Example(id=str(i), prompt="what ?", response=FRUIT[i], finished=True) for i in range(3)],
+    )
     random_model(run, "m0")
     training.fine_tune(run, "sft", ["ift.jsonl"], ["seed", "m0/train"])
     assert run.ledger.entry("sft/train")["counts"] == {"examples": 3, "too_many_tokens": 0}

@@ -219,11 +219,8 @@ def test_reference_logprobs_are_those_of_the_model_before(finished, load, name, 
     workdir, _ = finished
     tokenizer, model = WordTokenizer(world.vocabulary()), load(workdir, reference)
 
-    def logprob(prompt, response):
-        opening, answer = (
-            encode_prompt(tokenizer, PLAIN, prompt),
-            encode_response(tokenizer, PLAIN, response, finished=True),
-        )
+    def logprob(prompt, response, finished):
+        opening, answer = encode_prompt(tokenizer, PLAIN, prompt), encode_response(tokenizer, PLAIN, response, finished)
         ids = np.asarray([*opening, *answer])
         tokens_BT = np.zeros((1, 96), np.int32)
         tokens_BT[0, : len(ids)] = ids
@@ -234,8 +231,10 @@ def test_reference_logprobs_are_those_of_the_model_before(finished, load, name, 
 
     forward = jax.jit(lambda tokens, at: model(tokens, at, segments_BT=None, cache=None, dropout=None))
     for pair in jsonl.read(workdir / name / "reference", ReferencePair)[:6]:
-        assert pair.chosen_logprob == pytest.approx(logprob(pair.prompt, pair.chosen), abs=1e-3)
-        assert pair.rejected_logprob == pytest.approx(logprob(pair.prompt, pair.rejected), abs=1e-3)
+        assert pair.chosen_logprob == pytest.approx(logprob(pair.prompt, pair.chosen, pair.chosen_finished), abs=1e-3)
+        assert pair.rejected_logprob == pytest.approx(
+            logprob(pair.prompt, pair.rejected, pair.rejected_finished), abs=1e-3
+        )
 
 
 # --- starting again ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Stages on their own, with models that say what they are told: what they write, count, refuse and go on with."""
 
 import contextlib
+import dataclasses
 
 import jax
 import numpy as np
@@ -239,7 +240,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
 def test_examples_that_all_exceed_the_context_stop_the_training(tmp_path):
     run = open_run(tmp_path, context_length=290)
     pretend(run, "seed", "m0/train")
-    jsonl.write(run.workdir / "long.jsonl", [Example(id="a", prompt="list", response="apple " * 400)])
+    jsonl.write(run.workdir / "long.jsonl", [Example(id="a", prompt="list", response="apple " * 400, finished=True)])
     with pytest.raises(EmptyStage, match=r"none of 1 examples fits config\.context_length"):
         training.fine_tune(run, "sft", ["long.jsonl"], ["seed", "m0/train"])
 
@@ -323,7 +324,20 @@ def test_pairs_are_the_highest_against_the_lowest_and_counted(tmp_path):
     (pair,) = make_pairs(run, judged("a", 2.0, 5.0, 1.0), judged("b", 3.0, 3.0), judged("c", None, 4.0), judged("d"))
     assert (pair.id, pair.chosen, pair.rejected) == ("a", "answer 1", "answer 2")
     counts = run.ledger.entry("m2/pairs")["counts"]
+    assert counts.pop("chosen_cut") == counts.pop("rejected_cut") == 0
     assert counts == {"kept": 1, "unparseable": 1, "one_score": 1, "tie": 1, "same_text": 0}
+
+
+def test_cut_answers_of_pairs_are_counted_and_many_of_them_give_advice(tmp_path, capsys):
+    cut = judged("a", 1.0, 5.0)
+    best = dataclasses.replace(cut.responses[1], finished=False)
+    (pair,) = make_pairs(open_run(tmp_path), dataclasses.replace(cut, responses=(cut.responses[0], best)))
+    assert (pair.chosen_finished, pair.rejected_finished) == (False, True)
+    counts = open_run(tmp_path).ledger.entry("m2/pairs")["counts"]
+    assert (counts["chosen_cut"], counts["rejected_cut"]) == (1, 0)
+    assert capsys.readouterr().err == (
+        "warning: m2/pairs: the length limit cut 1 of 1 chosen answers (100%); raise config.responses.max_new_tokens\n"
+    )
 
 
 def test_ties_alone_stop_with_advice(tmp_path):
@@ -334,7 +348,7 @@ def test_ties_alone_stop_with_advice(tmp_path):
     assert not (tmp_path / "m2" / "pairs").exists()
 
 
-def test_answers_that_the_limit_cut_are_counted(tmp_path, monkeypatch):
+def test_answers_that_the_limit_cut_are_counted(tmp_path, monkeypatch, capsys):
     run = open_run(tmp_path)
     pretend(run, "m2/prompts", "m1/train")
     jsonl.write(jsonl.shard(run.workdir / "m2" / "prompts", 0), [Prompt(id="a", text="list", origin="self-instruct")])
@@ -347,6 +361,10 @@ def test_answers_that_the_limit_cut_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "generate", lambda run, name, stage: generate)
     answering.respond(run, "m2", "m1")
     assert run.ledger.entry("m2/responses")["counts"] == {"responses": 4, "cut": 1}
+    assert (
+        "warning: m2/responses: the length limit cut 1 of 4 answers (25%); raise config.responses.max_new_tokens\n"
+        in capsys.readouterr().err
+    )
     (made,) = jsonl.read(run.workdir / "m2" / "responses", Responses)
     assert (made.prompt, made.completions) == ("list", answer.completions)
 
@@ -373,7 +391,7 @@ def new_prompts(workdir, **changes):
     )
     pretend(run, "seed", "m1/train")
     (workdir / "m1" / "checkpoint").mkdir(parents=True, exist_ok=True)
-    seeds = [Example(id=str(i), prompt=prompt, response="plum") for i, prompt in enumerate(SEEDS)]
+    seeds = [Example(id=str(i), prompt=prompt, response="plum", finished=True) for i, prompt in enumerate(SEEDS)]
     jsonl.write(run.workdir / "seed" / "ift.jsonl", seeds)
     answering.create_prompts(run, "m2", "m1")
     return run

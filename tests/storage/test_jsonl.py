@@ -54,8 +54,8 @@ def test_nested_records_come_back_equal(tmp_path):
 
 def test_bytes_are_plain_and_in_field_order(tmp_path):
     path = tmp_path / "x.jsonl"
-    jsonl.write(path, [Example(response="é", prompt="p", id="1")])
-    assert path.read_text("utf-8") == '{"id": "1", "prompt": "p", "response": "é"}\n'
+    jsonl.write(path, [Example(response="é", prompt="p", id="1", finished=True)])
+    assert path.read_text("utf-8") == '{"id": "1", "prompt": "p", "response": "é", "finished": true}\n'
 
 
 def test_no_records_are_an_empty_file(tmp_path):

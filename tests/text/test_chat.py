@@ -49,6 +49,16 @@ def test_a_response_ends_with_the_end_token():
     assert encode_response(TOKENIZER, PLAIN, "", finished=True) == [TOKENIZER.eos]
 
 
+@pytest.mark.parametrize("chat", FORMATS.values(), ids=FORMATS)
+def test_a_cut_response_has_nothing_after_its_last_whole_character(bytelevel, chat):
+    tokenizer = bytelevel[0]
+    wanted = tokenizer.encode("hello w")
+    assert encode_response(tokenizer, chat, "hello w", finished=False) == wanted
+    assert encode_response(tokenizer, chat, "hello w\ufffd\ufffd", finished=False) == wanted
+    assert encode_response(tokenizer, chat, "hello \ufffd w", finished=False) == tokenizer.encode("hello \ufffd w")
+    assert encode_response(tokenizer, chat, "\ufffd", finished=False) == []
+
+
 def test_a_document_is_begun_and_ended_and_an_opening_is_begun():
     assert encode_document(TOKENIZER, "hi") == [TOKENIZER.bos, *TOKENIZER.encode("hi"), TOKENIZER.eos]
     assert encode_opening(TOKENIZER, "hi") == [TOKENIZER.bos, *TOKENIZER.encode("hi")]
