@@ -79,9 +79,11 @@ class NoVote(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vote:
-    """One judgement of one response: exactly one of `score` and `no_vote` is None."""
+    """One judgement of one response: exactly one of `score` and `no_vote` is None. `finished` is False where the length
+    limit cut the judgement; it may have a score even so."""
 
     text: str
+    finished: bool
     score: float | None
     no_vote: NoVote | None
 

@@ -45,25 +45,25 @@ def parse_vote(text: str, finished: bool) -> Vote:
     """
     heads = list(_HEAD.finditer(text))
     if not heads:
-        return _no_vote(text, NoVote.NO_SCORE if finished else NoVote.UNFINISHED)
+        return _no_vote(text, finished, NoVote.NO_SCORE if finished else NoVote.UNFINISHED)
     end = heads[-1].end()
     number = _NUMBER.match(text, end)
     if number is None:
         nothing_yet = not finished and not text[end:].strip("*_`\"'\u2018\u2019\u201c\u201d \t\n")
-        return _no_vote(text, NoVote.UNFINISHED if nothing_yet else NoVote.NOT_A_NUMBER)
+        return _no_vote(text, finished, NoVote.UNFINISHED if nothing_yet else NoVote.NOT_A_NUMBER)
     if not finished and _MAYBE_CUT.fullmatch(text, number.end()):
-        return _no_vote(text, NoVote.UNFINISHED)
+        return _no_vote(text, finished, NoVote.UNFINISHED)
     if "\n" in number["gap"] and not _LINE_END.match(text, number.end()):
-        return _no_vote(text, NoVote.NOT_A_NUMBER)
+        return _no_vote(text, finished, NoVote.NOT_A_NUMBER)
     scale = _SCALE.match(text, number.end())
     if scale is None and _MORE.match(text, number.end()):
-        return _no_vote(text, NoVote.NOT_A_NUMBER)
+        return _no_vote(text, finished, NoVote.NOT_A_NUMBER)
     value = float(number["digits"])  # a float, not an int: a million digits are infinity at once
     negative = number["sign"] not in ("", "+") and value > 0
     if negative or value > 5 or (scale is not None and float(scale["scale"]) != 5):
-        return _no_vote(text, NoVote.OUT_OF_RANGE)
-    return Vote(text=text, score=value, no_vote=None)
+        return _no_vote(text, finished, NoVote.OUT_OF_RANGE)
+    return Vote(text=text, finished=finished, score=value, no_vote=None)
 
 
-def _no_vote(text: str, reason: NoVote) -> Vote:
-    return Vote(text=text, score=None, no_vote=reason)
+def _no_vote(text: str, finished: bool, reason: NoVote) -> Vote:
+    return Vote(text=text, finished=finished, score=None, no_vote=reason)

@@ -13,8 +13,8 @@ RULES = EftRules(min_scored=2, max_tied_pairs=0, draws_per_prompt=10, most_commo
 
 def vote(score, text=None):
     if score is None:
-        return Vote(text=text or "mumble", score=None, no_vote=NoVote.NO_SCORE)
-    return Vote(text=text or f"Score: {score}", score=float(score), no_vote=None)
+        return Vote(text=text or "mumble", finished=True, score=None, no_vote=NoVote.NO_SCORE)
+    return Vote(text=text or f"Score: {score}", finished=True, score=float(score), no_vote=None)
 
 
 @pytest.mark.parametrize(

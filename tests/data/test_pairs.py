@@ -62,7 +62,7 @@ def test_why_there_is_no_pair(responses, reason):
 def test_votes_in_another_order_are_a_tie():
     # Summed as floats in the order they come, 4.1 + 4.2 + 4.3 differs between orders by one rounding.
     means = [
-        mean_score([Vote(text="", score=score, no_vote=None) for score in order])
+        mean_score([Vote(text="", finished=True, score=score, no_vote=None) for score in order])
         for order in itertools.permutations((4.1, 4.2, 4.3))
     ]
     assert preference_pair(judged(*((str(i), mean) for i, mean in enumerate(means)))) == PairDrop.TIE

@@ -21,7 +21,7 @@ PARAMS = SamplingParams(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=50
 
 
 def vote(score):
-    return Vote(text="", score=score, no_vote=None if score is not None else NoVote.NO_SCORE)
+    return Vote(text="", finished=True, score=score, no_vote=None if score is not None else NoVote.NO_SCORE)
 
 
 def test_the_mean_is_of_the_votes_with_a_score_and_not_floored():
@@ -90,6 +90,7 @@ def test_an_unfinished_judgement_gives_no_vote():
     ((response,),) = [prompt.responses for prompt in judge(generate, RUBRIC, [answer("1", "a")], PARAMS, print)]
     assert response.score is None
     assert response.votes[0].no_vote == NoVote.UNFINISHED
+    assert not response.votes[0].finished
 
 
 def test_two_answers_with_one_id_are_refused():

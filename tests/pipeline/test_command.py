@@ -49,7 +49,11 @@ def test_columns_are_named_as_the_metrics_are():
     ranked = [RankedPrompt(id=i, prompt="name two fruits .", responses=("fig", "fig kiwi"), ranks=(1, 0)) for i in "ab"]
     judgements = tuple(
         JudgedResponse(
-            response=text, tokens=1, finished=True, votes=(Vote(text="", score=score, no_vote=None),), score=score
+            response=text,
+            tokens=1,
+            finished=True,
+            votes=(Vote(text="", finished=True, score=score, no_vote=None),),
+            score=score,
         )
         for text, score in (("fig", 3.0), ("fig kiwi", 5.0))
     )

@@ -40,9 +40,14 @@ def _text(rng: random.Random, words: int) -> str:
 
 def _vote(rng: random.Random, quality: float) -> Vote:
     if rng.random() < 0.04:
-        return Vote(text="I would say this is fine.", score=None, no_vote=rng.choice(list(NoVote)))
+        return Vote(text="I would say this is fine.", finished=True, score=None, no_vote=rng.choice(list(NoVote)))
     score = min(max(round(quality + rng.gauss(0, 0.7)), 0), 5)
-    return Vote(text=f"The answer {_text(rng, 12)} is on topic.\nScore: {score}", score=float(score), no_vote=None)
+    return Vote(
+        text=f"The answer {_text(rng, 12)} is on topic.\nScore: {score}",
+        finished=True,
+        score=float(score),
+        no_vote=None,
+    )
 
 
 def _judged_prompt(rng: random.Random, id: str, level: float) -> tuple[JudgedPrompt, list[float]]:
@@ -52,9 +57,9 @@ def _judged_prompt(rng: random.Random, id: str, level: float) -> tuple[JudgedPro
     for _ in range(4):
         quality = min(max(round(rng.gauss(level, 1.3)), 0), 5)
         if mute:
-            votes = (Vote(text="", score=None, no_vote=NoVote.UNFINISHED),) * 3
+            votes = (Vote(text="", finished=False, score=None, no_vote=NoVote.UNFINISHED),) * 3
         elif same:
-            votes = (Vote(text="Score: 3", score=3.0, no_vote=None),) * 3
+            votes = (Vote(text="Score: 3", finished=True, score=3.0, no_vote=None),) * 3
         else:
             votes = tuple(_vote(rng, quality) for _ in range(3))
         scores = [vote.score for vote in votes if vote.score is not None]

@@ -299,7 +299,8 @@ def test_a_baseline_that_never_agrees_stops_with_advice(tmp_path):
     jsonl.write(run.workdir / "seed" / "eft_train.jsonl", ranked)
     verdict = judged("a", 1.0, 5.0)
     responses = tuple(
-        JudgedResponse(**{**vars(r), "votes": (Vote(text="", score=r.score, no_vote=None),)}) for r in verdict.responses
+        JudgedResponse(**{**vars(r), "votes": (Vote(text="", finished=True, score=r.score, no_vote=None),)})
+        for r in verdict.responses
     )
     jsonl.write(
         jsonl.shard(run.workdir / "eft" / "judgements", 0),
@@ -479,7 +480,9 @@ def test_a_generator_that_is_nowhere_is_named(tmp_path):
 
 
 def test_no_vote_is_told_apart_from_all_reasons():
-    votes = [Vote(text="", score=None, no_vote=reason) for reason in NoVote] + [Vote(text="", score=0.0, no_vote=None)]
+    votes = [Vote(text="", finished=True, score=None, no_vote=reason) for reason in NoVote] + [
+        Vote(text="", finished=True, score=0.0, no_vote=None)
+    ]
     response = JudgedResponse(response="", tokens=0, finished=True, votes=tuple(votes), score=0.0)
     counts = judging.vote_counts([JudgedPrompt(id="a", prompt="", responses=(response, response))])
     assert counts == {"votes": 10, "unfinished": 2, "no_score": 2, "out_of_range": 2, "not_a_number": 2}

@@ -28,8 +28,8 @@ JUDGED = JudgedPrompt(
             tokens=3,
             finished=True,
             votes=(
-                Vote(text="Score: 4", score=4.0, no_vote=None),
-                Vote(text="?", score=None, no_vote=NoVote.NO_SCORE),
+                Vote(text="Score: 4", finished=True, score=4.0, no_vote=None),
+                Vote(text="?", finished=False, score=None, no_vote=NoVote.NO_SCORE),
             ),
             score=4.0,
         ),
@@ -37,7 +37,7 @@ JUDGED = JudgedPrompt(
     ),
 )
 COMPLETION = {"text": "t", "tokens": 1, "finished": True}
-VOTE = {"text": "t", "score": None, "no_vote": "no_score"}
+VOTE = {"text": "t", "finished": True, "score": None, "no_vote": "no_score"}
 
 
 def lines(path, *documents):
@@ -132,16 +132,16 @@ def test_an_integer_serves_as_a_float(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"text": "t", "score": NaN, "no_vote": null}\n', ":1: not valid JSON: NaN"),
-        (b'{"text": "t", "score": -Infinity, "no_vote": null}\n', ":1: not valid JSON: -Infinity"),
-        (b'{"text": "t", "score": 1e999, "no_vote": null}\n', ":1: not valid JSON: .*too large"),
-        (b'{"text": "t", "score": %s, "no_vote": null}\n' % (b"9" * 5000), ":1: not valid JSON"),
+        (b'{"text": "t", "finished": true, "score": NaN, "no_vote": null}\n', ":1: not valid JSON: NaN"),
+        (b'{"text": "t", "finished": true, "score": -Infinity, "no_vote": null}\n', ":1: not valid JSON: -Infinity"),
+        (b'{"text": "t", "finished": true, "score": 1e999, "no_vote": null}\n', ":1: not valid JSON: .*too large"),
+        (b'{"text": "t", "finished": true, "score": %s, "no_vote": null}\n' % (b"9" * 5000), ":1: not valid JSON"),
         (b"[" * 200_000 + b"\n", ":1: not valid JSON"),
         (b'{"text": "t", "text": "u", "score": 1, "no_vote": null}\n', ":1: .*twice"),
         (b'{"text": "\xff", "score": 1, "no_vote": null}\n', ":1: not UTF-8"),
-        (b'{"text": "t", "score": 1, "no_vote": null}\n\n', ":2: not valid JSON"),
-        (b'{"text": "t", "score": 1, "no_vote": null}\n{"text": "t"', ":2: .*cut short"),
-        (b'{"text": "t", "score": 1, "no_vote": null}', ":1: .*cut short"),
+        (b'{"text": "t", "finished": true, "score": 1, "no_vote": null}\n\n', ":2: not valid JSON"),
+        (b'{"text": "t", "finished": true, "score": 1, "no_vote": null}\n{"text": "t"', ":2: .*cut short"),
+        (b'{"text": "t", "finished": true, "score": 1, "no_vote": null}', ":1: .*cut short"),
         (b'{"text": "t"\n', ":1: not valid JSON"),
     ],
 )
