@@ -60,6 +60,19 @@ class Completion:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchedCompletion(Completion):
+    """A completion with the model's own probabilities of `Request.watched`, for whoever drew it; never written to a
+    file.
+
+    `probabilities(start, skipped)` is about the first token behind `text[:start]` that holds more than white space and
+    the characters `skipped`, or that ends the text: the probability of each watched text in that token's place, at
+    temperature 1 and over the whole vocabulary. None where the length limit cut the text before such a token.
+    """
+
+    probabilities: Callable[[int, str], tuple[float, ...] | None] = dataclasses.field(compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Responses:
     """The N candidate answers to one prompt (paper section 2.2)."""
 
@@ -79,24 +92,34 @@ class NoVote(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vote:
-    """One judgement of one response: exactly one of `score` and `no_vote` is None. `finished` is False where the length
-    limit cut the judgement; it may have a score even so."""
+    """One judgement of one response: exactly one of `score` and `no_vote` is None.
+
+    `finished` is False where the length limit cut the judgement; it may have a score even so. `expected` is the mean of
+    0 to 5 under the model's probabilities of these digits in the place of the score, whatever was drawn there; None
+    where the text reaches no such place, or where no probabilities came with it.
+    """
 
     text: str
     finished: bool
     score: float | None
     no_vote: NoVote | None
+    expected: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgedResponse:
-    """A response and its judgements. `score` is the mean of the votes that carry one, None where none does."""
+    """A response and its judgements.
+
+    `expected` is the mean of the votes' expected scores. `score` is the one that counts: the mean of the votes' scores,
+    or `expected`, as the run was configured. Each is None where no vote has one.
+    """
 
     response: str
     tokens: int
     finished: bool
     votes: tuple[Vote, ...]
     score: float | None
+    expected: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,12 +209,16 @@ class Request:
     """Prompts that share their beginning (one instruction's four answers, say); each gets `samples` completions.
 
     `id` addresses the randomness: the same id under the same seed draws the same completions in any batch.
-    `chat` wraps each prompt as a user's turn; otherwise the text is continued as it stands.
+    `chat` wraps each prompt as a user's turn; otherwise the text is continued as it stands. `opening` begins every
+    completion, which then goes on after it and does not hold it. The completions of a model on this job's devices come
+    as `WatchedCompletion` where there are `watched` texts, one token each: the same in all requests of a call.
     """
 
     id: str
     prompts: tuple[str, ...]
     chat: bool
+    opening: str = ""
+    watched: tuple[str, ...] = ()
 
 
 class Generate(Protocol):

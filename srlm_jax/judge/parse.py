@@ -65,5 +65,12 @@ def parse_vote(text: str, finished: bool) -> Vote:
     return Vote(text=text, finished=finished, score=value, no_vote=None)
 
 
+def after_head(text: str) -> int | None:
+    """Where in `text` the score of its concluding "Score:" is to begin, dressing before it included; None where no head
+    concludes."""
+    heads = list(_HEAD.finditer(text))
+    return heads[-1].end() if heads else None
+
+
 def _no_vote(text: str, finished: bool, reason: NoVote) -> Vote:
     return Vote(text=text, finished=finished, score=None, no_vote=reason)

@@ -1,16 +1,19 @@
 """The engine behind text: the one place that sees both a tokenizer and an engine."""
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from etils import epath
 
 from srlm_jax.model import llama, quantized, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import rules
-from srlm_jax.records import Completion, Request, SamplingParams
+from srlm_jax.records import Completion, Request, SamplingParams, WatchedCompletion
 from srlm_jax.sampling import engine
 from srlm_jax.text import chat
 from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -44,6 +47,9 @@ class ModelGenerate:
     ) -> list[tuple[tuple[Completion, ...], ...]]:
         """See `records.Generate`. The texts hold the stop string that ended them, but never the end token."""
         ends = self._ends()
+        watched = watched_ids(self.tokenizer, requests[0].watched if requests else ())
+        if any(request.watched != requests[0].watched for request in requests):
+            raise ValueError("the requests of a call watch different texts")
         groups = [
             engine.Group(
                 address=words_32(request.id, 2),
@@ -58,6 +64,7 @@ class ModelGenerate:
             top_p=params.top_p,
             max_new_tokens=params.max_new_tokens,
             stops=(*((end,) for end in ends), *(self._encode_stop(stop) for stop in params.stop)),
+            watched=tuple(id for ids in watched for id in ids),
         )
         drawn = engine.sample(
             self.model,
@@ -70,7 +77,7 @@ class ModelGenerate:
             work=self.work,
         )
         return [
-            tuple(tuple(self._decode(sample, ends, params.stop) for sample in samples) for samples in prompts)
+            tuple(tuple(self._decode(sample, ends, params.stop, watched) for sample in samples) for samples in prompts)
             for prompts in drawn
         ]
 
@@ -80,7 +87,7 @@ class ModelGenerate:
 
     def _encode(self, request: Request, text: str) -> engine.Ids:
         if request.chat:
-            return tuple(chat.encode_prompt(self.tokenizer, self.chat_format, text))
+            return tuple(chat.encode_prompt_with_opening(self.tokenizer, self.chat_format, text, request.opening))
         return tuple(chat.encode_opening(self.tokenizer, text))
 
     def _encode_stop(self, stop: str) -> engine.Ids:
@@ -89,14 +96,57 @@ class ModelGenerate:
         both = self.tokenizer.encode(f"\n{stop}")
         return tuple(both[len(before) :] if both[: len(before)] == before else self.tokenizer.encode(stop))
 
-    def _decode(self, sample: engine.Sample, ends: Sequence[int], stop: Sequence[str]) -> Completion:
+    def _decode(
+        self, sample: engine.Sample, ends: Sequence[int], stop: Sequence[str], watched: Sequence[engine.Ids]
+    ) -> Completion:
         ids = sample.ids[:-1] if sample.ids and sample.ids[-1] in ends else sample.ids
         text = self.tokenizer.decode(ids)
         # The engine compares tokens, and a stop string's first letters may be in a token with those before it.
         cuts = [text.index(string) + len(string) for string in stop if string in text]
-        return Completion(
+        completion = Completion(
             text=text[: min(cuts, default=len(text))], tokens=len(sample.ids), finished=sample.finished or bool(cuts)
         )
+        if sample.watched_TW is None:
+            return completion
+        return WatchedCompletion(
+            **vars(completion),
+            probabilities=lambda start, skipped: self._probabilities(sample, ends, watched, start, skipped),
+        )
+
+    def _probabilities(
+        self,
+        sample: engine.Sample,
+        ends: Sequence[int],
+        watched: Sequence[engine.Ids],
+        start: int,
+        skipped: str,
+    ) -> tuple[float, ...] | None:
+        """See `records.WatchedCompletion`."""
+        ids = sample.ids
+        text = self.tokenizer.decode([id for id in ids if id not in ends])
+        begins = lambda count: self.tokenizer.decode(ids[:count])[:start] == text[:start]
+        # U+FFFD is a character whose other bytes are still to come.
+        behind = lambda count: self.tokenizer.decode(ids[:count])[start:].strip(f"{skipped}\ufffd \t\r\n\u00a0")
+        place = bisect.bisect_left(range(len(ids)), True, key=begins)
+        if behind(place):
+            return None  # one token holds what is before `start` and what is behind it: it has no place of its own
+        while place < len(ids) and ids[place] not in ends and not behind(place + 1):
+            place += 1
+        if place == len(ids):
+            return None
+        sizes = np.cumsum([0, *map(len, watched)])
+        chances = np.exp(sample.watched_TW[place].astype(np.float64))
+        return tuple(float(chances[a:b].sum()) for a, b in itertools.pairwise(sizes))
+
+
+def watched_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[engine.Ids, ...]:
+    """The tokens that each of some short texts may be behind a colon, with a space between or without; nothing at all
+    where one of the texts is no single token there."""
+    found = []
+    for text in texts:
+        last = [tokenizer.encode(before + text)[-1] for before in (": ", ":")]
+        found.append(tuple(dict.fromkeys(id for id in last if tokenizer.decode([id]).strip() == text)))
+    return tuple(found) if all(found) else ()
 
 
 def open_model(

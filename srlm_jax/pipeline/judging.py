@@ -62,7 +62,9 @@ def judge_answers(
         run.workdir / folder,
         answers,
         JudgedPrompt,
-        lambda part, report: judge(generate, run.rubric, part, run.settings.judging, report),
+        lambda part, report: judge(
+            generate, run.rubric, part, run.settings.judging, report, prefix="", by_expected=False
+        ),
         title=title,
         completions=lambda answer: votes * len(answer.completions),
         together=needs_all(generate),

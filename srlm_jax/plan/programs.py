@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from srlm_jax.data.batches import PairBatch, TokenBatch
 from srlm_jax.data.packing import Shape
+from srlm_jax.judge.score import POINTS
 from srlm_jax.model import llama, lora, quantized
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import mesh as meshes
@@ -36,6 +37,7 @@ from srlm_jax.train.step import make_train_step
 CHAT_FRAME = 16
 RUBRIC_BEFORE, RUBRIC_BEHIND = 272, 107
 STOP_LENGTH = 8  # tokens of the longest stop sequence; a few numbers a row
+WATCHED = 2 * len(POINTS)  # while judging: each of the points, with a space before it and without
 # Mean lengths in tokens where a program's own length is only the most that it may be, and how many positions packed
 # documents take for each of their tokens: assumptions, stated in the output.
 ANSWER, EXAMPLE, PACKED = 400, 700, 1.03  # an example of SFT: two of IFT to one of EFT, which the rubric is part of
@@ -92,21 +94,24 @@ class SamplingShape:
     at_once: int
     prefix: int
     params: SamplingParams
+    watched: int  # tokens whose probabilities are wanted
 
 
 def sampling_shapes(s: Settings, data: int) -> dict[str, SamplingShape]:
     """The largest that the engine may be asked for, by stage: answers to instructions, and judgements of answers."""
     instruction, answer = s.max_prompt_tokens, s.responses.max_new_tokens
 
-    def shape(prompts: int, params: SamplingParams, prefix: int, shared: int, rest: int) -> SamplingShape:
+    def shape(prompts: int, params: SamplingParams, prefix: int, shared: int, rest: int, watched: int) -> SamplingShape:
         slots = (engine.bucket(shared), engine.bucket(rest), engine.leaf_slots(params.max_new_tokens))
         room, at_once = engine.shape(s.engine, s.shard_prompts, prompts, params.samples, slots, STOP_LENGTH, data)
-        return SamplingShape(room, at_once, prefix, params)
+        return SamplingShape(room, at_once, prefix, params, watched)
 
     before = RUBRIC_BEFORE // 16 * 16
     return {
-        "responses": shape(1, s.responses, 0, CHAT_FRAME + instruction, 0),
-        "judgements": shape(s.responses.samples, s.judging, before, instruction, answer + RUBRIC_BEHIND + CHAT_FRAME),
+        "responses": shape(1, s.responses, 0, CHAT_FRAME + instruction, 0, 0),
+        "judgements": shape(
+            s.responses.samples, s.judging, before, instruction, answer + RUBRIC_BEHIND + CHAT_FRAME, WATCHED
+        ),
     }
 
 
@@ -284,8 +289,11 @@ def _sampling(s: Settings, stage: str, x: SamplingShape, model: Llama, mesh, cos
         Program(names[0], dec.admit, given | {"admission": new, "key": _key(mesh)}, mesh, (*chunks, 0), cost[names[0]]),
         Program(
             names[1],
-            jax.jit(lambda weights, state, stops: dec.decode(weights, state, stops, config), donate_argnums=1),
-            given | {"stops": array(jnp.int32, 3, STOP_LENGTH)},
+            jax.jit(
+                lambda weights, state, stops, watched: dec.decode(weights, state, stops, watched, config),
+                donate_argnums=1,
+            ),
+            given | {"stops": array(jnp.int32, 3, STOP_LENGTH), "watched": array(jnp.int32, x.watched)},
             mesh,
             (s.engine.steps,),
             cost[names[1]],

@@ -9,8 +9,8 @@ time, in B rows: a row that has ended a sample takes the next one in the queue a
 prompt it is. So all rows have work while new groups are read and finished ones leave; the host only looks on.
 
 Axes: L layers, K key-value heads, S slots of a level, H head width, T tokens of a prefill, V vocabulary, M longest stop
-sequence, Q stop sequences, A groups admitted at once, D groups of devices, each with G / D groups, B / D rows and X / D
-samples of its own: rows and samples are numbered within them.
+sequence, Q stop sequences, W watched tokens, A groups admitted at once, D groups of devices, each with G / D groups,
+B / D rows and X / D samples of its own: rows and samples are numbered within them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from srlm_jax.model import cache as kv
 from srlm_jax.model.attention import ALL, Siblings
@@ -287,17 +287,22 @@ class Decoded:
     tokens_BN: Int[Array, "B N"]
     sample_BN: Int[Array, "B N"]  # whose the token is; NO_SAMPLE where the row was idle
     ended_BN: Int[Array, "B N"]  # 1 where it is its sample's last
+    watched_BNW: (
+        Float[Array, "B N W"] | None
+    )  # log-probabilities of the watched tokens in its place; None: none watched
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def decode(
-    model: Llama, state: DecodeState, stops_QM: Int[Array, "Q M"], config: DecodeConfig
+    model: Llama, state: DecodeState, stops_QM: Int[Array, "Q M"], watched_W: Int[Array, "W"], config: DecodeConfig
 ) -> tuple[DecodeState, Decoded]:
     """Decodes `config.steps` tokens of every row that has work, or fewer where all work ends earlier.
 
-    A sample ends with a stop sequence, which is among its tokens, or after as many tokens as it may have.
+    A sample ends with a stop sequence, which is among its tokens, or after as many tokens as it may have. The
+    log-probabilities of the tokens `watched_W` are those of the model, whatever the temperature and top-p are.
     """
     B, S, D = state.sample_B.shape[0], state.k_LBKSH[0].shape[-2], state.queue_DX.shape[0]
+    W = watched_W.shape[0]
     head_DV = model.head()
     # The arrays that a refill changes: what it leaves alone must not pass through the branch, or would be copied.
     names = ("readers_DX", "head_D", "sample_B", "written_B", "last_B", "recent_BM")
@@ -358,7 +363,16 @@ def decode(
         written_B = state.written_B + 1
         ended_B = jnp.any(jnp.all(matches_BQM, axis=-1), axis=-1) | (written_B >= _of_sample(state.limit_X, sample_DB))
         put = lambda old, column: jax.lax.dynamic_update_slice(old, column[:, None].astype(jnp.int32), (0, step))
-        out = Decoded(put(out.tokens_BN, drawn_B), put(out.sample_BN, state.sample_B), put(out.ended_BN, ended_B))
+        watched_BNW = out.watched_BNW
+        if W:
+            logprobs_BW = logits_BV[:, watched_W] - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+            watched_BNW = jax.lax.dynamic_update_slice(watched_BNW, logprobs_BW[:, None], (0, step, 0))
+        out = Decoded(
+            put(out.tokens_BN, drawn_B),
+            put(out.sample_BN, state.sample_B),
+            put(out.ended_BN, ended_B),
+            watched_BNW,
+        )
         state = dataclasses.replace(
             state,
             k_LBKSH=cache.k_LBKSH,
@@ -372,8 +386,9 @@ def decode(
         return step + 1, state, out
 
     blank = lambda value: jnp.full((B, config.steps), value, jnp.int32)
+    watched_BNW = jnp.zeros((B, config.steps, W), jnp.float32) if W else None
     _, state, out = jax.lax.while_loop(
-        alive, one_token, (jnp.int32(0), state, Decoded(blank(0), blank(NO_SAMPLE), blank(0)))
+        alive, one_token, (jnp.int32(0), state, Decoded(blank(0), blank(NO_SAMPLE), blank(0), watched_BNW))
     )
     # Whole on every device, so that each process can read it without asking the others for anything.
-    return state, jax.tree.map(lambda x: rules.constrain(x, "slots", "tokens"), out)
+    return state, jax.tree.map(lambda x: rules.constrain(x, *("slots", "tokens", "slots")[: x.ndim]), out)

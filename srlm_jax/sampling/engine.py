@@ -53,21 +53,30 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How to sample: `samples` completions of each prompt, each ended by any of `stops` (which it then includes)."""
+    """How to sample: `samples` completions of each prompt, each ended by any of `stops` (which it then includes).
+
+    `watched` are W token ids whose log-probabilities are wanted at every step; they change no sample.
+    """
 
     samples: int
     temperature: float
     top_p: float
     max_new_tokens: int
     stops: tuple[Ids, ...]
+    watched: Ids = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One completion. `finished` is False where `max_new_tokens` cut it."""
+    """One completion. `finished` is False where `max_new_tokens` cut it.
+
+    `watched_TW[t, w]` is the log-probability, at temperature 1 and over the whole vocabulary, of `Draw.watched[w]` in
+    the place of token t; None where nothing was watched.
+    """
 
     ids: Ids
     finished: bool
+    watched_TW: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 # One group's samples, by prompt.
@@ -221,6 +230,7 @@ class _Open:
 
     group: int
     tokens: list[list[int] | None]
+    watched: list[list[np.ndarray]]  # of each sample: log-probabilities of watched tokens, [T, W] each
     unfinished: set[int]  # numbers of samples within the group
 
 
@@ -235,7 +245,7 @@ def _run(
     report: Callable[[int, int], None],
     work: Work,
 ) -> Iterator[tuple[int, Samples]]:
-    stops = _pad_stops(draw.stops)
+    stops, watched = _pad_stops(draw.stops), np.asarray(draw.watched, np.int32)
     room, at_once = shape(
         config, len(groups), layout.prompts, draw.samples, layout.slots, stops.shape[1], mesh.shape["data"]
     )
@@ -262,7 +272,7 @@ def _run(
                 state = dec.admit(model, state, _admission(groups, layout, draw, chosen, at_once, room, work), key)
             held |= {slot: _opened(groups[index], index, room) for _, slot, index in chosen}
         with jax.set_mesh(mesh):
-            state, decoded = dec.decode(model, state, stops, decode_config)
+            state, decoded = dec.decode(model, state, stops, watched, decode_config)
         # The device goes on with these tokens while the host looks at those before them.
         flying.append(decoded)
         if len(flying) > 1:
@@ -283,7 +293,7 @@ def _places(held: Mapping[int, _Open], room: Shape, at_once: int) -> list[tuple[
 def _opened(group: Group, index: int, room: Shape) -> _Open:
     there = [p < len(group.prompts) for p in range(room.prompts) for _ in range(room.samples)]
     tokens = [[] if one else None for one in there]
-    return _Open(index, tokens, {number for number, one in enumerate(there) if one})
+    return _Open(index, tokens, [[] for _ in there], {number for number, one in enumerate(there) if one})
 
 
 def _look(
@@ -296,7 +306,9 @@ def _look(
     work: Work,
 ) -> Iterator[tuple[int, Samples]]:
     """Hands out the tokens that the device has decoded; yields the groups that are done, which leave their slots."""
-    tokens, sample, ended = hosts.fetch((decoded.tokens_BN, decoded.sample_BN, decoded.ended_BN))
+    tokens, sample, ended, watched = hosts.fetch(
+        (decoded.tokens_BN, decoded.sample_BN, decoded.ended_BN, decoded.watched_BNW)
+    )
     per_group, per_data = room.prompts * room.samples, room.held_samples // room.data
     own = sample >= 0
     work.row_steps += own.shape[0] * int(own.any(axis=0).sum())
@@ -304,6 +316,7 @@ def _look(
     # Samples are numbered within their group of devices; then all tokens of a sample side by side, in their order.
     sample = sample + np.arange(room.rows)[:, None] // (room.rows // room.data) * per_data
     sample, tokens, ended = (x.T[own.T] for x in (sample, tokens, ended))
+    watched = None if watched is None else watched.swapaxes(0, 1)[own.T]
     order = np.argsort(sample, kind="stable")
     numbers, starts = np.unique(sample[order], return_index=True)
     finished, done = 0, []
@@ -312,6 +325,8 @@ def _look(
         slot, within = divmod(int(number), per_group)
         one = held[slot]
         one.tokens[within].extend(tokens[own_sample].tolist())
+        if watched is not None:
+            one.watched[within].append(watched[own_sample])
         if ended[own_sample[-1]]:
             finished += 1
             one.unfinished.remove(within)
@@ -320,14 +335,16 @@ def _look(
     report(finished, int(own.sum()))
     for slot in done:
         one = held.pop(slot)
-        yield one.group, _collect(one.tokens, len(groups[one.group].prompts), draw)
+        yield one.group, _collect(one, len(groups[one.group].prompts), draw)
 
 
-def _collect(tokens: list[list[int] | None], prompts: int, draw: Draw) -> Samples:
-    def one(ids: list[int]) -> Sample:
-        return Sample(tuple(ids), any(tuple(ids[-len(stop) :]) == stop for stop in draw.stops))
+def _collect(held: _Open, prompts: int, draw: Draw) -> Samples:
+    def one(number: int) -> Sample:
+        ids, watched = tuple(held.tokens[number]), held.watched[number]
+        finished = any(ids[-len(stop) :] == stop for stop in draw.stops)
+        return Sample(ids, finished, np.concatenate(watched) if watched else None)
 
-    return tuple(tuple(one(tokens[p * draw.samples + c]) for c in range(draw.samples)) for p in range(prompts))
+    return tuple(tuple(one(p * draw.samples + c) for c in range(draw.samples)) for p in range(prompts))
 
 
 def _pad_stops(stops: Sequence[Ids]) -> np.ndarray:
