@@ -44,7 +44,7 @@ def expected_points(probabilities: Sequence[float]) -> float | None:
     total = math.fsum(probabilities)
     if not (0 < total < math.inf):
         return None
-    return min(5.0, math.fsum(points * p for points, p in enumerate(probabilities)) / total)
+    return min(5.0, math.fsum(points * (p / total) for points, p in enumerate(probabilities)))
 
 
 def judge(
