@@ -139,7 +139,7 @@ def _judged(completion: Completion, judgements: Sequence[Completion], prefix: st
 
 def _vote(judgement: Completion, prefix: str) -> Vote:
     text = prefix + judgement.text
-    vote, start = parse_vote(text, judgement.finished), after_head(text)
+    vote, start = parse_vote(text, judgement.finished), after_head(text, judgement.finished)
     if start is None or not isinstance(judgement, WatchedCompletion):
         return vote
     probabilities = judgement.probabilities(max(0, start - len(prefix)), _DRESS)

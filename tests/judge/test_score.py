@@ -58,7 +58,7 @@ def test_every_response_is_judged_and_only_the_completion_is_parsed():
         return [
             tuple(
                 tuple(
-                    Completion(text="no" if k == 1 else f"{prompt} Score: {j + k / 2}", tokens=5, finished=True)
+                    Completion(text="no" if k == 1 else f"{prompt}\nScore: {j + k / 2}", tokens=5, finished=True)
                     for k in range(params.samples)
                 )
                 for j, prompt in enumerate(request.prompts)
@@ -84,7 +84,7 @@ def test_every_response_is_judged_and_only_the_completion_is_parsed():
     assert [v.score for v in judged[0].responses[0].votes] == [0.0, None, 1.0]
     cut = judged[0].responses[1]
     assert (cut.response, cut.tokens, cut.finished) == ("cut", 3, False)
-    assert cut.votes[0].text == "q10|cut Score: 1.0"
+    assert cut.votes[0].text == "q10|cut\nScore: 1.0"
 
 
 def test_an_unfinished_judgement_gives_no_vote():
