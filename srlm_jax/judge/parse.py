@@ -62,7 +62,7 @@ _SECOND = re.compile(
     r"|(?:or|to|plus|minus|maybe|perhaps)\s+(?:zero|one|two|three|four|five|six|seven|eight|nine|ten))\b",
     re.IGNORECASE,
 )
-_OPERATOR = re.compile(rf"(?:[+=~<>/\u2192\u21d2][{_DRESS}]*|\A[{_DRESS}]*[{_DASH}][{_DRESS}]*)\Z")
+_OPERATOR = re.compile(rf"(?:(?:[+=~/\u2192\u21d2]|[=-]>)[{_DRESS}]*|\A[{_DRESS}]*[{_DASH}][{_DRESS}]*)\Z")
 # ... or, after the end of its sentence, a number, or a line that goes on with a sum or holds one number more.
 _ANOTHER = re.compile(
     rf"[.!\u3002][{_DRESS}()\[\]]*+[0-9]|\n[\s{_DRESS}]*+(?:[+=\u2192]|{_DIGITS}[{_DRESS}.]*+(?:{_UNIT})?(?:\n|\Z))"
