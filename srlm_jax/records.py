@@ -7,7 +7,10 @@ the id of its prompt, so that files can be joined, resumed and read in any order
 import dataclasses
 import enum
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from srlm_jax import limits
+from srlm_jax.limits import Count, Limit, above, at_least, at_most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,11 +200,14 @@ class Metric:
 class SamplingParams:
     """How completions are drawn. `temperature` 0 is greedy; `stop` ends a completion after any of its strings."""
 
-    samples: int
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    stop: tuple[str, ...]
+    samples: Count
+    temperature: Annotated[float, at_least(0)]
+    top_p: Annotated[float, above(0), at_most(1)]
+    max_new_tokens: Count
+    stop: tuple[Annotated[str, Limit("not be empty", bool)], ...]
+
+    def __post_init__(self):
+        limits.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ import importlib
 import io
 import re
 import tokenize
-import types
 import typing
 from pathlib import Path
 
@@ -24,6 +23,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # A file imports from its own layer and from those before it, never from one after.
 LAYERS = (
     "errors",
+    "limits",
     "records",
     "parallel",
     "commandline",
@@ -117,8 +117,8 @@ def settings_classes() -> dict[type, set[str]]:
 
 def given(kind: type) -> type:
     """Of `X | None` X, of any other type itself."""
-    options = [option for option in typing.get_args(kind) if option is not type(None)]
-    return options[0] if isinstance(kind, types.UnionType) else kind
+    options = typing.get_args(kind)
+    return next(option for option in options if option is not type(None)) if type(None) in options else kind
 
 
 def full_names(fields, path: str) -> set[str]:

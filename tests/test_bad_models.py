@@ -219,7 +219,7 @@ def test_eight_bit_floats_are_named_though_they_may_not_be_compared(meta):
         ("num_hidden_layers", 2**30, "the configuration says 1073741824 layers, and there are only 47 tensors"),
         ("vocab_size", 1024, "model.embed_tokens.weight is [512, 64], the configuration says [1024, 64]"),
         ("num_key_value_heads", 2, "k_proj.weight is [32, 64], the configuration says [16, 64]"),
-        ("intermediate_size", 10**18, "config.json: model.F must be at least 1 and less than 2^31"),
+        ("intermediate_size", 10**18, "config.json: F is 1000000000000000000: it must be at least 1"),
         ("rms_norm_eps", 10**400, "config.json: rms_norm_eps must be more than 0 and less than 2^63"),
         ("tie_word_embeddings", False, "lm_head.weight is missing"),
         ("mlp_bias", True, "config.json: mlp_bias is True, which is another model"),

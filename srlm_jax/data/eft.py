@@ -11,10 +11,13 @@ import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Annotated
 
+from srlm_jax import limits
 from srlm_jax.errors import BadInput
 from srlm_jax.judge.rubric import Rubric, fill
 from srlm_jax.judge.score import matched
+from srlm_jax.limits import Count, above, at_least, at_most
 from srlm_jax.records import Example, JudgedPrompt, RankedPrompt, Vote
 
 
@@ -42,20 +45,13 @@ class EftRules:
       baseline says 4 too often, and a judge trained on that says nothing else.
     """
 
-    min_scored: int
-    max_tied_pairs: int
-    draws_per_prompt: int
-    most_common_share: float
+    min_scored: Annotated[int, at_least(2)]
+    max_tied_pairs: Annotated[int, at_least(0)]
+    draws_per_prompt: Count
+    most_common_share: Annotated[float, above(0), at_most(1)]
 
     def __post_init__(self) -> None:
-        if self.min_scored < 2:
-            raise BadInput(f"min_scored must be at least 2, got {self.min_scored}: one score orders nothing")
-        if self.max_tied_pairs < 0:
-            raise BadInput(f"max_tied_pairs must not be negative, got {self.max_tied_pairs}")
-        if self.draws_per_prompt < 1:
-            raise BadInput(f"draws_per_prompt must be at least 1, got {self.draws_per_prompt}")
-        if not 0 < self.most_common_share <= 1:
-            raise BadInput(f"most_common_share is a share above 0 and up to 1, got {self.most_common_share}")
+        limits.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,14 @@ import dataclasses
 import enum
 import hashlib
 from collections.abc import Sequence
+from typing import Annotated
 
+from srlm_jax import limits
 from srlm_jax.errors import BadInput
+from srlm_jax.limits import Text, at_least, below
 from srlm_jax.records import Example, RankedPrompt
+
+Prompts = Annotated[int, at_least(0), below(2**31)]
 
 
 class SeedDrop(enum.StrEnum):
@@ -39,18 +44,14 @@ class SeedRules:
     A prompt needs `min_ranked` ranked replies to serve EFT: at least 2, or there is nothing to rank.
     """
 
-    lang: str
-    min_ranked: int
-    ift_prompts: int
-    eft_train_prompts: int
-    eft_eval_prompts: int
+    lang: Text
+    min_ranked: Annotated[int, at_least(2), below(2**31)]
+    ift_prompts: Prompts
+    eft_train_prompts: Prompts
+    eft_eval_prompts: Prompts
 
     def __post_init__(self) -> None:
-        if self.min_ranked < 2:
-            raise BadInput(f"min_ranked must be at least 2, got {self.min_ranked}: one reply has no ranking")
-        for name in ("ift_prompts", "eft_train_prompts", "eft_eval_prompts"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"{name} must not be negative, got {getattr(self, name)}")
+        limits.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,12 @@
 import dataclasses
 import random
 from collections.abc import Iterator
+from typing import Annotated
 
 from srlm_jax.data import world
+from srlm_jax.errors import BadInput
 from srlm_jax.judge.rubric import fill
+from srlm_jax.limits import Count, Share, at_least, below
 from srlm_jax.records import Prompt
 from srlm_jax.text.chat import PLAIN
 from srlm_jax.text.self_instruct import creation_prompt
@@ -15,14 +18,18 @@ from srlm_jax.text.self_instruct import creation_prompt
 class WorldRules:
     """How large the world is, and how good its people are."""
 
-    documents: int  # of the base corpus
-    trees: int  # prompts with ranked replies
-    replies: tuple[int, int]  # fewest and most replies to a prompt
-    held_out: int  # prompts for the evaluation
-    corpus_flaw: float  # probability of each flaw in the corpus' answers
-    corpus_wrong_verdict: float  # share of the corpus' reviews whose points are wrong somewhere
-    reply_flaw: float  # probability of each flaw in the annotators' answers
-    rank_noise: float  # standard deviation of what an annotator adds to the true score before ranking
+    documents: Count  # of the base corpus
+    trees: Count  # prompts with ranked replies
+    replies: tuple[Count, Count]  # fewest and most replies to a prompt
+    held_out: Annotated[int, at_least(2), below(2**31)]  # prompts for the evaluation; a standard error needs 2
+    corpus_flaw: Share  # probability of each flaw in the corpus' answers
+    corpus_wrong_verdict: Share  # share of the corpus' reviews whose points are wrong somewhere
+    reply_flaw: Share  # probability of each flaw in the annotators' answers
+    rank_noise: Annotated[float, at_least(0)]  # standard deviation of an annotator's error, in points
+
+    def __post_init__(self):
+        if self.replies[0] > self.replies[1]:
+            raise BadInput(f"replies is {self.replies}: the fewest must not be above the most")
 
 
 def draw_prompt(rng: random.Random) -> str:

@@ -2,8 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
+from srlm_jax import limits
 from srlm_jax.errors import BadInput
+from srlm_jax.limits import Count, above, at_least, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,51 +17,50 @@ class RopeScaling:
     that turns more than `high_freq_factor` times as fast as before, and one between them in proportion.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int  # tokens
+    factor: Annotated[float, at_least(1)]
+    low_freq_factor: Annotated[float, above(0)]
+    high_freq_factor: Annotated[float, above(0)]
+    original_context: Count  # tokens
 
     def __post_init__(self):
-        if self.factor < 1 or self.original_context < 1:
-            raise BadInput(f"rope_scaling needs a factor and an original context of at least 1: {self}")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise BadInput(f"rope_scaling needs 0 < low_freq_factor < high_freq_factor: {self}")
+        limits.check(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise BadInput(
+                f"low_freq_factor is {self.low_freq_factor}: it must be below high_freq_factor, which is "
+                f"{self.high_freq_factor}"
+            )
 
 
 REMAT = ("full", "dots")
+
+Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """A Llama-architecture decoder. The letters are the ones that name array axes everywhere in this package."""
 
-    V: int  # vocabulary
-    D: int  # width of the residual stream
-    L: int  # layers
-    N: int  # query heads
-    K: int  # key-value heads; N / K query heads share one (GQA)
-    H: int  # width of a head
-    F: int  # width of the gated MLP
-    rope_theta: float  # base of the rotary angles
+    V: Count  # vocabulary
+    D: Count  # width of the residual stream
+    L: Count  # layers
+    N: Count  # query heads
+    K: Count  # key-value heads; N / K query heads share one (GQA)
+    H: Count  # width of a head
+    F: Count  # width of the gated MLP
+    rope_theta: Annotated[float, above(0)]  # base of the rotary angles
     rope_scaling: RopeScaling | None  # None: the angles as they are
-    norm_eps: float  # added to the mean square in RMSNorm
+    norm_eps: Annotated[float, above(0)]  # added to the mean square in RMSNorm
     tied: bool  # the embedding is also the output head
-    param_dtype: str  # what the weights are kept in
-    compute_dtype: str  # what the matrix products run in
+    param_dtype: Dtype  # what the weights are kept in
+    compute_dtype: Dtype  # what the matrix products run in
     # What training computes again of a block on the way back: all of it from its input ("full"), or what lies between
     # the results of its products ("dots"), which are then kept: most of a forward pass less, and more memory.
-    remat: str
+    remat: Annotated[str, one_of(*REMAT)]
 
     def __post_init__(self):
-        for field in ("V", "D", "L", "N", "K", "H", "F"):
-            size = getattr(self, field)
-            if not 1 <= size < 2**31:  # an axis of an array cannot be longer
-                raise BadInput(f"model.{field} must be at least 1 and less than 2^31, not {size!r:.60}")
+        limits.check(self)
         if self.N % self.K:
             raise BadInput(f"model.N ({self.N} query heads) must be a multiple of model.K ({self.K} key-value heads)")
-        if self.remat not in REMAT:
-            raise BadInput(f"model.remat can be {' or '.join(map(repr, REMAT))}, not {self.remat!r:.60}")
         if self.H % 2:
             raise BadInput(f"model.H must be even, not {self.H}: rotary position embedding turns pairs")
 

@@ -10,13 +10,16 @@ and None.
 import dataclasses
 import functools
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from srlm_jax import limits
 from srlm_jax.errors import BadInput
+from srlm_jax.limits import Count, above
 from srlm_jax.model import ops
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.llama import Blocks, Llama
@@ -30,14 +33,11 @@ PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 class LoraConfig:
     """Which part of the weights is trained."""
 
-    rank: int | None  # columns of A; None: all weights are trained, and none are frozen
-    alpha: float  # what the adapters compute counts alpha / rank times
+    rank: Count | None  # columns of A; None: all weights are trained, and none are frozen
+    alpha: Annotated[float, above(0)]  # what the adapters compute counts alpha / rank times
 
     def __post_init__(self):
-        if self.rank is not None and self.rank < 1:
-            raise BadInput(f"rank must be at least 1, not {self.rank}; leave it out to train all weights")
-        if not 0 < self.alpha < math.inf:
-            raise BadInput(f"alpha must be a number above 0, not {self.alpha}")
+        limits.check(self)
 
 
 def check_rank(config: LoraConfig, model: LlamaConfig) -> None:

@@ -6,13 +6,14 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
 from srlm_jax.errors import BadInput
+from srlm_jax.limits import Count, at_least
 
 # How long a process may give no sign of life (it gives two in that time, from a thread that no work holds up) before it
 # counts as gone and jax ends the others. Long enough for a network that stalls for some seconds; jax would wait 100,
@@ -41,9 +42,9 @@ class MeshShape:
     in order, so that `tensor`, and then `fsdp`, lie within a node where they fit.
     """
 
-    data: int
-    fsdp: int
-    tensor: int
+    data: Count
+    fsdp: Annotated[int, at_least(-1)]
+    tensor: Count
 
 
 def keep_programs(folder: str | None) -> None:

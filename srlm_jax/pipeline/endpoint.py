@@ -10,9 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from typing import Annotated
 from urllib.parse import urlsplit
 
+from srlm_jax import limits
 from srlm_jax.errors import BadInput, MissingExtra, UserError
+from srlm_jax.limits import Count, Text, above, at_least
 from srlm_jax.records import Completion, Request, SamplingParams
 
 
@@ -20,15 +23,16 @@ from srlm_jax.records import Completion, Request, SamplingParams
 class EndpointConfig:
     """Which server is asked, and how patiently."""
 
-    url: str | None  # up to and with the version, "http://localhost:8000/v1"; None: no server is asked
-    model: str | None  # its name there
-    key_variable: str | None  # the environment variable that holds the key; None for a server that wants none
-    timeout_s: float  # without a sign from the server
-    retries: int  # of one request, after its first attempt
-    concurrency: int  # requests under way at once
-    requests_per_minute: int  # attempts started, retries among them
+    url: Text | None  # up to and with the version, "http://localhost:8000/v1"; None: no server is asked
+    model: Text | None  # its name there
+    key_variable: Text | None  # the environment variable that holds the key; None for a server that wants none
+    timeout_s: Annotated[float, above(0)]  # without a sign from the server
+    retries: Annotated[int, at_least(0)]  # of one request, after its first attempt
+    concurrency: Count  # requests under way at once
+    requests_per_minute: Count  # attempts started, retries among them
 
     def __post_init__(self):
+        limits.check(self)
         if self.url is None:
             return
         if not self.model:
@@ -39,8 +43,6 @@ class EndpointConfig:
                 "url must be like 'http://localhost:8000/v1', without a key or password in it (the key is read from "
                 "the environment variable that key_variable names)"
             )
-        if not (self.timeout_s > 0 and self.retries >= 0 and self.concurrency > 0 and self.requests_per_minute > 0):
-            raise BadInput("timeout_s, concurrency and requests_per_minute must be above 0, and retries not below")
 
 
 class EndpointError(UserError, RuntimeError):

@@ -2,15 +2,17 @@
 
 import dataclasses
 import difflib
-import types
+import sys
 import typing
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+from srlm_jax import limits
 from srlm_jax.data.eft import EftRules
 from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
 from srlm_jax.errors import UserError
+from srlm_jax.limits import Count, Text, above, at_least, below, one_of
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.lora import LoraConfig
 from srlm_jax.parallel.mesh import MeshShape
@@ -22,6 +24,9 @@ from srlm_jax.text.self_instruct import Filters
 from srlm_jax.train.loop import TrainConfig
 
 T = TypeVar("T")
+
+Shots = Annotated[int, at_least(0), below(2**31)]
+Dropout = Annotated[float, at_least(0), below(1)]
 
 
 class BadConfig(UserError, ValueError):
@@ -36,7 +41,7 @@ class ModelSettings(LlamaConfig):
     (`run.make_run`); the two dtypes and `remat` stay.
     """
 
-    path: str | None  # in any layout that `model.weights` reads
+    path: Text | None  # in any layout that `model.weights` reads
 
     @property
     def llama(self) -> LlamaConfig:
@@ -49,10 +54,10 @@ class SeedData:
     """Where the human data come from: the embedded world (nothing is given), an Open Assistant export, or three sources
     of one's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`."""
 
-    trees: str | None  # of Open Assistant: see `srlm_jax.data.oasst`
-    ift: str | None  # these three, all or none: see `srlm_jax.data.sources`
-    eft_train: str | None
-    eft_eval: str | None
+    trees: Text | None  # of Open Assistant: see `srlm_jax.data.oasst`
+    ift: Text | None  # these three, all or none: see `srlm_jax.data.sources`
+    eft_train: Text | None
+    eft_eval: Text | None
     rules: SeedRules  # how trees are divided
 
     def __post_init__(self):
@@ -73,8 +78,8 @@ class Pretraining:
     """M0 where no folder is given: trained on the world's base corpus."""
 
     train: TrainConfig
-    sequence_length: int  # positions of a packed row
-    dropout: float
+    sequence_length: Count  # positions of a packed row
+    dropout: Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ class SupervisedFineTuning:
     """SFT of the baseline (IFT) and of M1 (IFT + EFT), both from M0."""
 
     train: TrainConfig
-    dropout: float
+    dropout: Dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,21 +95,21 @@ class PreferenceTraining:
     """DPO of a round, from and against the model that the round starts from."""
 
     train: TrainConfig
-    dropout: float
-    beta: float
+    dropout: Dropout
+    beta: Annotated[float, above(0)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfInstruction:
     """How a round's new prompts are made, or where they are taken from."""
 
-    prompts_file: str | None  # a fixed set for every round, instead of all below; see `srlm_jax.data.sources`
-    prompts: int  # wanted
-    max_candidates: int  # completions drawn before the round makes do with fewer prompts
-    batch: int  # completions drawn between two looks at what was accepted
-    from_seeds: int  # demonstrations that are human prompts
-    from_generated: int  # demonstrations that are prompts made earlier in the round
-    generator: str | None  # "current", a model of this run ("m1"), or the folder of any Llama
+    prompts_file: Text | None  # a fixed set for every round, instead of all below; see `srlm_jax.data.sources`
+    prompts: Count  # wanted
+    max_candidates: Count  # completions drawn before the round makes do with fewer prompts
+    batch: Count  # completions drawn between two looks at what was accepted
+    from_seeds: Shots  # demonstrations that are human prompts
+    from_generated: Shots  # demonstrations that are prompts made earlier in the round
+    generator: Text | None  # "current", a model of this run ("m1"), or the folder of any Llama
     endpoint: EndpointConfig  # a server that writes them instead: one with text completions, not chats alone
     filters: Filters
     sampling: SamplingParams
@@ -115,7 +120,7 @@ class Validation:
     """What is measured of answers where no oracle is: each model answers a fixed set of prompts, and a judge from
     outside scores the answers by the rubric."""
 
-    prompts_file: str | None  # None: no validation; see `srlm_jax.data.sources`
+    prompts_file: Text | None  # None: no validation; see `srlm_jax.data.sources`
     endpoint: EndpointConfig  # the judge; none: only the answers' length is measured
 
     def __post_init__(self):
@@ -130,23 +135,23 @@ class Validation:
 class Settings:
     """Everything a run depends on."""
 
-    seed: int
-    workdir: str
-    models: int  # the last model to make: 1 stops at M1, 3 at M3
-    coordinator: str | None  # of a job of several processes: HOST:PORT of process 0, or "auto"; see `mesh.start`
-    processes: int | None  # with an address: how many there are
-    process: int | None  # with an address: which of them this is, from 0
-    start_timeout_s: int  # how long a process waits for the others to start
-    compile_cache: str | None  # a folder in which compiled programs are kept for the next start; None: they are not
-    context_length: int  # tokens that the model may see at once
-    max_prompt_tokens: int  # of an instruction
-    shard_prompts: int  # prompts between two files that a killed run keeps
-    logprob_chunk: int  # positions of a row whose logits are held at once
-    length_multiple: int  # row lengths are rounded up to it
+    seed: Annotated[int, at_least(0), below(2**32)]
+    workdir: Text
+    models: Count  # the last model to make: 1 stops at M1, 3 at M3
+    coordinator: Text | None  # of a job of several processes: HOST:PORT of process 0, or "auto"; see `mesh.start`
+    processes: Count | None  # with an address: how many there are
+    process: Annotated[int, at_least(0)] | None  # with an address: which of them this is, from 0
+    start_timeout_s: Count  # how long a process waits for the others to start
+    compile_cache: Text | None  # a folder in which compiled programs are kept for the next start; None: they are not
+    context_length: Count  # tokens that the model may see at once
+    max_prompt_tokens: Count  # of an instruction
+    shard_prompts: Count  # prompts between two files that a killed run keeps
+    logprob_chunk: Count  # positions of a row whose logits are held at once
+    length_multiple: Count  # row lengths are rounded up to it
     packed: bool  # documents share rows in SFT, reference and DPO; each has a row to itself where not
-    reference_batch: int  # rows at a time when log-probabilities are computed
+    reference_batch: Count  # rows at a time when log-probabilities are computed
     model: ModelSettings
-    chat: str  # the format of instructions and answers, a name in `text.chat.FORMATS`
+    chat: Annotated[str, one_of(*FORMATS)]  # the format of instructions and answers
     lora: LoraConfig  # of SFT and DPO
     mesh: MeshShape
     engine: EngineConfig
@@ -163,14 +168,8 @@ class Settings:
     validation: Validation
 
     def __post_init__(self):
-        if self.chat not in FORMATS:
-            raise BadConfig(f"config.chat is {self.chat!r}: choose one of {', '.join(FORMATS)}")
         if self.responses.samples < 2:
             raise BadConfig(f"config.responses.samples is {self.responses.samples}: a pair needs at least 2 responses")
-        if self.judging.samples < 1:
-            raise BadConfig(f"config.judging.samples is {self.judging.samples}: a score needs at least 1 judgement")
-        if self.world is not None and self.world.held_out < 2:
-            raise BadConfig(f"config.world.held_out is {self.world.held_out}: a standard error needs at least 2")
         if self.seed_data.ift is None:
             self.check_demonstrations("config.seed_data.rules.ift_prompts is", self.seed_data.rules.ift_prompts)
         if self.endpoint.url is not None and "{name}" not in (self.endpoint.model or ""):
@@ -224,7 +223,11 @@ def _build(cls: type[T], tree: Mapping, path: str) -> T:
     if missing := [name for name in kinds if name not in tree]:
         raise BadConfig(f"{path}.{missing[0]} is missing")
     try:
-        return cls(**{name: _value(kind, tree[name], f"{path}.{name}") for name, kind in kinds.items()})
+        values = {name: _value(kind, tree[name], f"{path}.{name}") for name, kind in kinds.items()}
+        for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+            if reason := limits.refusal(kind, values[name], f"{path}.{name}"):
+                raise BadConfig(reason)
+        return cls(**values)
     except BadConfig:
         raise
     except UserError as error:
@@ -232,7 +235,7 @@ def _build(cls: type[T], tree: Mapping, path: str) -> T:
 
 
 def _value(kind: type, value: object, path: str) -> object:
-    if value is None and typing.get_origin(kind) is types.UnionType:
+    if value is None and type(None) in typing.get_args(kind):
         return None
     kind = _given(kind)
     if dataclasses.is_dataclass(kind):
@@ -244,7 +247,7 @@ def _value(kind: type, value: object, path: str) -> object:
         if not isinstance(value, tuple | list) or (arguments[-1] is not ... and len(value) != len(arguments)):
             raise BadConfig(f"{path} must be a tuple like {kind}, not {value!r}")
         return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not kind:
         raise BadConfig(f"{path} must be {kind.__name__}, not {value!r}")
@@ -253,9 +256,8 @@ def _value(kind: type, value: object, path: str) -> object:
 
 def _given(kind: type) -> type:
     """The type of a field that is not None."""
-    if typing.get_origin(kind) is not types.UnionType:
-        return kind
-    return next(option for option in typing.get_args(kind) if option is not type(None))
+    options = typing.get_args(kind)
+    return next(option for option in options if option is not type(None)) if type(None) in options else kind
 
 
 def field_names(cls: type, path: str) -> list[str]:

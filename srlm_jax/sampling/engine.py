@@ -9,11 +9,13 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
 
-from srlm_jax.errors import BadInput
+from srlm_jax import limits
+from srlm_jax.limits import Count, one_of
 from srlm_jax.model.llama import Llama, by_layer
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.sampling import decode as dec
@@ -21,6 +23,7 @@ from srlm_jax.sampling.decode import Admission, DecodeConfig, Decoded, DecodeSta
 from srlm_jax.sampling.prefill import CHUNK, HALVINGS, positions_read, prefill_prefix
 
 Ids = tuple[int, ...]
+Rounded = Annotated[str, one_of("int8")]
 
 # Samples that are held for each that is decoded. Where lengths are spread as those of answers are, a group stays until
 # its longest sample ends, so that this many must be there for every row to find another when it has ended one.
@@ -31,15 +34,13 @@ HELD_PER_ROW = 1.75
 class EngineConfig:
     """How wide and how patient the engine is, neither of which changes what is sampled; and what it rounds."""
 
-    rows: int  # samples decoded at once on a process's devices, or on all where only they hold the weights
-    steps: int  # tokens between two looks at which rows have ended
-    weights: str | None  # "int8": the projections are sampled with in 8 bits (`model.quantized`); None: as they are
-    cache: str | None  # "int8": keys and values are kept in 8 bits (`model.cache`); None: as they are
+    rows: Count  # samples decoded at once on a process's devices, or on all where only they hold the weights
+    steps: Count  # tokens between two looks at which rows have ended
+    weights: Rounded | None  # "int8": the projections are sampled with in 8 bits (`model.quantized`); None: as they are
+    cache: Rounded | None  # "int8": keys and values are kept in 8 bits (`model.cache`); None: as they are
 
     def __post_init__(self):
-        for name in ("weights", "cache"):
-            if (kept := getattr(self, name)) not in (None, "int8"):
-                raise BadInput(f"{name} can be 'int8', or left out to round nothing; not {kept!r}")
+        limits.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

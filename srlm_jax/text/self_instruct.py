@@ -16,7 +16,9 @@ from fractions import Fraction
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
+from srlm_jax import limits
 from srlm_jax.errors import BadInput
+from srlm_jax.limits import Count, Share, Text
 from srlm_jax.records import Completion
 
 _NUMBERED = re.compile(r"\n\s*[0-9]+\s?\.(?:\s|\Z)")
@@ -58,19 +60,16 @@ class Filters:
     to a known one is above `max_rouge_l`; equal is allowed.
     """
 
-    min_words: int
-    max_words: int
-    banned_words: tuple[str, ...]
-    banned_starts: tuple[str, ...]
-    max_rouge_l: float
+    min_words: Count
+    max_words: Count
+    banned_words: tuple[Text, ...]  # an empty one would ban everything
+    banned_starts: tuple[Text, ...]
+    max_rouge_l: Share
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_words <= self.max_words:
-            raise BadInput(f"1 <= min_words <= max_words must hold, got {self.min_words} and {self.max_words}")
-        if not 0 <= self.max_rouge_l <= 1:
-            raise BadInput(f"max_rouge_l is an F1 between 0 and 1, got {self.max_rouge_l}")
-        if not all(text.strip() for text in (*self.banned_words, *self.banned_starts)):
-            raise BadInput("banned_words and banned_starts must not hold empty strings: they would ban everything")
+        limits.check(self)
+        if self.min_words > self.max_words:
+            raise BadInput(f"min_words is {self.min_words}: it must not be above max_words, which is {self.max_words}")
 
 
 def creation_prompt(demonstrations: Sequence[str]) -> str:

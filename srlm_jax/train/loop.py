@@ -14,7 +14,9 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from srlm_jax import limits
 from srlm_jax.errors import BadInput, UserError
+from srlm_jax.limits import Count
 from srlm_jax.model.llama import Llama
 from srlm_jax.model.lora import LoraConfig, merge, split
 from srlm_jax.parallel import hosts, rules
@@ -28,17 +30,15 @@ from srlm_jax.train.step import init_optimizer, make_train_step
 class TrainConfig:
     """One training."""
 
-    steps: int
-    batch_size: int  # rows, or preference pairs, of an update over all devices
-    accumulate: int  # microbatches that an update is cut into
-    log_every: int  # steps
-    checkpoint_every: int  # steps
+    steps: Count
+    batch_size: Count  # rows, or preference pairs, of an update over all devices
+    accumulate: Count  # microbatches that an update is cut into
+    log_every: Count  # steps
+    checkpoint_every: Count  # steps
     optimizer: OptimizerConfig
 
     def __post_init__(self):
-        for field in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
-            if getattr(self, field) < 1:
-                raise BadInput(f"{field} must be at least 1, not {getattr(self, field)}")
+        limits.check(self)
         if self.batch_size % self.accumulate:
             raise BadInput(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
         schedule(self.optimizer, self.steps)  # refuses a warm-up that is longer than the training

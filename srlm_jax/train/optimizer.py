@@ -1,26 +1,35 @@
 """AdamW and its schedule."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import optax
 from flax import nnx
 
 from srlm_jax.errors import BadInput
+from srlm_jax.limits import above, at_least, below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with global-norm clipping, a linear warm-up, then a cosine from `learning_rate` to `end_learning_rate`."""
 
-    learning_rate: float
-    end_learning_rate: float
-    warmup_steps: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float  # decoupled; norm scales are exempt
-    clip_norm: float  # of the gradient over all weights
+    learning_rate: Annotated[float, above(0)]
+    end_learning_rate: Annotated[float, at_least(0)]
+    warmup_steps: Annotated[int, at_least(0)]
+    b1: Annotated[float, at_least(0), below(1)]
+    b2: Annotated[float, at_least(0), below(1)]
+    eps: Annotated[float, above(0)]
+    weight_decay: Annotated[float, at_least(0)]  # decoupled; norm scales are exempt
+    clip_norm: Annotated[float, above(0)]  # of the gradient over all weights
+
+    def __post_init__(self):
+        if self.end_learning_rate > self.learning_rate:
+            raise BadInput(
+                f"end_learning_rate is {self.end_learning_rate}: it must not be above learning_rate, which is "
+                f"{self.learning_rate}"
+            )
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -117,7 +117,7 @@ def test_without_a_configuration_all_weights_are_trained(tiny_llama, one_device)
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"rank": 0}, "rank must be at least 1, not 0"), ({"alpha": 0.0}, "alpha must be a number above 0, not 0.0")],
+    [({"rank": 0}, "rank is 0: it must be at least 1"), ({"alpha": 0.0}, "alpha is 0.0: it must be above 0")],
 )
 def test_impossible_adapters_are_refused(change, said):
     with pytest.raises(ValueError, match=said):

@@ -126,7 +126,7 @@ def test_each_filter(task, reason):
     ("change", "message"),
     [
         ({"min_words": 0}, "min_words"),
-        ({"max_words": 3}, "min_words <= max_words"),
+        ({"max_words": 3}, "min_words is 4: it must not be above max_words"),
         ({"max_rouge_l": 70.0}, "between 0 and 1"),
         ({"banned_words": ("image", " ")}, "empty strings"),
     ],

@@ -187,7 +187,7 @@ def test_8_devices_train_as_one_does(run, tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps": 0}, "steps is 0: it must be at least 1"),
         ({"accumulate": 3}, r"batch_size \(4\) must be a multiple of accumulate \(3\)"),
     ],
 )
