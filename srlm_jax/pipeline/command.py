@@ -13,7 +13,6 @@ from srlm_jax.pipeline.run import Run, make_run
 from srlm_jax.pipeline.settings import read
 from srlm_jax.storage import jsonl
 
-_TITLES = {"m0": "M0", "sft": "SFT", "m1": "M1", "m2": "M2", "m3": "M3"}
 _COLUMNS = {
     "oracle_score": ("oracle score", "{:.2f} ± {:.2f}"),
     "perfect": ("perfect", "{:.1%} ± {:.1%}"),
@@ -72,7 +71,7 @@ def _introduced(run: Run) -> str:
 
 def collect_results(workdir: epath.Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
     """{"M1": {"oracle_score": {"value": ..., "stderr": ..., "n": ...}}}, from the evaluations of the models."""
-    return {_TITLES[name]: jsonl.read_json(workdir / name / "eval" / "metrics.json") for name in names}
+    return {name.upper(): jsonl.read_json(workdir / name / "eval" / "metrics.json") for name in names}
 
 
 def results_table(results: Mapping[str, Mapping[str, Mapping]]) -> str:

@@ -74,6 +74,19 @@ def test_results_are_the_evaluations_by_the_models_titles(tmp_path):
     assert list(results) == ["M0", "SFT"]
 
 
+def test_there_may_be_more_rounds_than_the_paper_has(finished, tmp_path, monkeypatch, capsys):
+    """M4 once trained to its end, and then had no title in the table."""
+    names = ["m0", "sft", *(f"m{number}" for number in range(1, 13))]
+    for name in names:
+        jsonl.write_json(epath.Path(tmp_path) / name / "eval" / "metrics.json", {"oracle_score": metric(3.5, 0.25)})
+    monkeypatch.setattr(command, "self_reward", lambda run: names)
+    run_command(finished | {"models": 12}, None)
+    assert list(jsonl.read_json(tmp_path / "results.json")) == ["M0", "SFT", *(f"M{n}" for n in range(1, 13))]
+    assert "\nM12         3.50 ± 0.25\n" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert all(f">M{number}<" in page for number in range(1, 13))
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A workdir in which two models are made and evaluated; making them again does nothing."""
