@@ -39,7 +39,8 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
     with commandline.begin(argv, "--config.field=value"):
-        run_command(_CONFIG.value.to_dict(), _REDO.value)
+        given = [f"config.{name}" for name in config_flags.get_override_values(flags.FLAGS["config"])]
+        run_command(_CONFIG.value.to_dict(), _REDO.value, given)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from srlm_jax.data import sources
-from srlm_jax.model import llama, weights
-from srlm_jax.parallel import hosts, rules
+from srlm_jax.parallel import hosts
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.limits import warn_if_cut
 from srlm_jax.pipeline.run import Run, draw, naming, needs_all, progress
-from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import (
     Example,
     Generate,
@@ -26,37 +24,18 @@ from srlm_jax.records import (
 from srlm_jax.storage import jsonl
 from srlm_jax.text import self_instruct
 from srlm_jax.text.self_instruct import Candidate, NoveltyPool, Rejection
-from srlm_jax.text.tokenizer import load_tokenizer
 
 
-def check_writer(run: Run) -> None:
-    """Refuses, before any training, a source of new prompts that will not be there when a round needs it, or that would
-    have too little to be shown.
+def check_seeds(run: Run) -> None:
+    """Refuses human prompts of which too few are short enough to be shown to a model that writes prompts.
 
     Raises:
-      BadConfig: it is neither a model of this run nor a folder with a model and a tokenizer; or too few IFT prompts
-        are short enough.
-      EndpointError, MissingExtra: the server cannot be asked.
+      BadConfig: says how many there are.
     """
     s = run.settings
-    if s.models < 2 or s.self_instruction.prompts_file is not None:
-        return
-    short = f"config.seed_data: IFT prompts of at most config.max_prompt_tokens ({s.max_prompt_tokens}) tokens:"
-    s.check_demonstrations(short, len(set(_seeds(run))))
-    if s.self_instruction.endpoint.url is not None:
-        EndpointGenerate(s.self_instruction.endpoint)
-        return
-    writer = s.self_instruction.generator
-    if writer in ("current", "m0", "sft", "m1"):
-        return
-    with naming("config.self_instruction.generator"):
-        if not epath.Path(writer).exists():
-            raise BadConfig(
-                f"{writer!r} is neither 'current', nor a model that every round finds (m0, sft, m1), nor a folder"
-            )
-        sizes = weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat="dots")
-        rules.model_shardings(run.sample_mesh, rules.SAMPLE, llama.abstract(sizes))
-        load_tokenizer(writer)
+    if s.models > 1 and s.self_instruction.prompts_file is None:
+        short = f"config.seed_data: IFT prompts of at most config.max_prompt_tokens ({s.max_prompt_tokens}) tokens:"
+        s.check_demonstrations(short, len(set(_seeds(run))))
 
 
 def _seeds(run: Run) -> list[str]:
@@ -140,13 +119,22 @@ def create_prompts(run: Run, name: str, start: str) -> None:
     )
 
 
+def read_prompts(run: Run) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of config.self_instruction.prompts_file, and how many rows were dropped, by reason.
+
+    Raises:
+      BadConfig: they cannot be read.
+    """
+    with naming("config.self_instruction.prompts_file"):
+        return sources.read_prompts(run.settings.self_instruction.prompts_file, "prompt")
+
+
 def _take_prompts(run: Run, name: str) -> None:
     """The user's prompts, the same in every round, but for those of the EFT evaluation and those that are too long."""
     stage, source = f"{name}/prompts", run.settings.self_instruction.prompts_file
 
     def work() -> Outcome:
-        with naming("config.self_instruction.prompts_file"):
-            given, dropped = sources.read_prompts(source, "prompt")
+        given, dropped = read_prompts(run)
         evaluated = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
         prompts, counts = sources.usable_prompts(given, evaluated)
         fitting = [p for p in prompts if prompt_tokens(run, p.text) <= run.settings.max_prompt_tokens]

@@ -7,9 +7,11 @@ from etils import epath
 import srlm_jax
 from srlm_jax.model import config_files
 from srlm_jax.parallel import hosts, mesh
+from srlm_jax.pipeline import checks
+from srlm_jax.pipeline.effects import without_effect
 from srlm_jax.pipeline.iteration import self_reward
 from srlm_jax.pipeline.report import write_report
-from srlm_jax.pipeline.run import Run, make_run
+from srlm_jax.pipeline.run import Run, make_run, open_workdir
 from srlm_jax.pipeline.settings import read
 from srlm_jax.storage import jsonl
 
@@ -27,8 +29,15 @@ _COLUMNS = {
 }
 
 
-def run_command(config: Mapping, redo: str | None) -> None:
+def run_command(config: Mapping, redo: str | None, given: Sequence[str] = ()) -> None:
     """Makes what `config` asks for and is not there yet, then writes results.json and report.html and prints a table.
+
+    Everything that can be checked is checked first: until then nothing is written, and `redo` removes nothing.
+
+    Args:
+      config: the tree of a config file.
+      redo: a stage to remove with all that depends on it.
+      given: full names of the fields that the user has set; those without effect in this run are printed.
 
     Raises a UserError or an OSError; what was done until then stays, and the same command goes on from there.
     """
@@ -37,9 +46,13 @@ def run_command(config: Mapping, redo: str | None) -> None:
     mesh.start(settings.coordinator, settings.processes, settings.process, settings.start_timeout_s)
     with hosts.together("start"):
         run = make_run(settings, srlm_jax.__version__)
-        tells = hosts.is_main()  # one process speaks for all, and writes what is one file
+        checks.check(run)
+        open_workdir(run.workdir)
+        tells = hosts.is_main()  # one process prints, and writes what is one file
         if tells and not run.embedded:
             print(_introduced(run))
+        if tells and (idle := without_effect(settings, given)):
+            print("no effect in this run: " + "; ".join(f"{name} ({reason})" for name, reason in idle.items()))
         if redo is not None:
             removed = run.ledger.redo(redo)
             if tells:

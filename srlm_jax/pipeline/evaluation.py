@@ -79,18 +79,28 @@ def _oracle_metrics(run: Run, name: str, stage: str) -> dict[str, Metric]:
     return oracle_metrics(answers, scores)
 
 
-def _validation_metrics(run: Run, name: str, stage: str) -> tuple[dict[str, Metric], dict[str, int]]:
-    """How long the answers to the validation prompts are and, where a server judges them, their scores; and how many
-    rows of the prompts were dropped, by reason."""
-    s = run.settings.validation
+def read_prompts(run: Run) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of config.validation.prompts_file, and how many rows were dropped, by reason.
+
+    Raises:
+      BadConfig: they cannot be read, or one is too long.
+    """
     with naming("config.validation.prompts_file"):
-        prompts, dropped = sources.read_prompts(s.prompts_file, "validation")
+        prompts, dropped = sources.read_prompts(run.settings.validation.prompts_file, "validation")
         for prompt in prompts:
             if (tokens := prompt_tokens(run, prompt.text)) > run.settings.max_prompt_tokens:
                 raise BadConfig(
                     f"prompt {prompt.id!r} has {tokens} tokens, more than config.max_prompt_tokens "
                     f"{run.settings.max_prompt_tokens}: take it out, or raise the limit"
                 )
+    return prompts, dropped
+
+
+def _validation_metrics(run: Run, name: str, stage: str) -> tuple[dict[str, Metric], dict[str, int]]:
+    """How long the answers to the validation prompts are and, where a server judges them, their scores; and how many
+    rows of the prompts were dropped, by reason."""
+    s = run.settings.validation
+    prompts, dropped = read_prompts(run)
     answers = _held_out_answers(run, name, stage, prompts)
     counts = {f"validation_{reason}": count for reason, count in dropped.items()}
     if s.endpoint.url is None:

@@ -105,11 +105,16 @@ def write_report(workdir: epath.Path, models: Sequence[str]) -> None:
         "slowest": max((stage["seconds"] for stage in stages), default=1) or 1,
         "samples": [samples.of_round(it) for it in rounds] + samples.held_out(evaluated, oracle),
     }
+    (workdir / "report.html").write_bytes(template().render(page).encode("utf-8"))
+
+
+def template() -> jinja2.Template:
+    """The page, without its values."""
     source = importlib.resources.files("srlm_jax.pipeline").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    (workdir / "report.html").write_bytes(environment.from_string(source).render(page).encode("utf-8"))
+    return environment.from_string(source)
 
 
 def _lines(path: epath.Path) -> list[dict]:

@@ -250,13 +250,13 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, int],
 
 
 def make_run(settings: Settings, code: str) -> Run:
-    """Opens, or makes, the workdir; reads what stands beside the weights in config.model.path, where that is given.
+    """Reads what stands beside the weights in config.model.path, if that is given. Nothing is written: see
+    `open_workdir`.
 
     Raises:
       BadConfig: there is no such model, or it cannot be used; it has fewer token ids than its tokenizer.
       EndpointError, MissingExtra: a server cannot be asked.
-      PermissionError, with the field to change: the workdir cannot be written.
-      ValueError: the mesh does not fit the devices, or they cannot share a batch.
+      BadInput: the mesh does not fit the devices, or they cannot share a batch.
     """
     path = settings.model.path
     settings = with_numbers(settings)
@@ -282,10 +282,6 @@ def make_run(settings: Settings, code: str) -> Run:
     check_batches(settings, train_mesh.shape["data"] * train_mesh.shape["fsdp"])
     rules.model_shardings(train_mesh, rules.TRAIN, llama.abstract(settings.model.llama))
     workdir = epath.Path(settings.workdir)
-    try:
-        _open(workdir)
-    except OSError as error:
-        raise PermissionError(f"config.workdir {workdir} cannot be written ({error}); choose another folder") from error
     return Run(
         settings=settings,
         workdir=workdir,
@@ -298,8 +294,20 @@ def make_run(settings: Settings, code: str) -> Run:
     )
 
 
+def open_workdir(workdir: epath.Path) -> None:
+    """Makes the folder, if it is not there. Each process of a job writes a file there for a moment and looks for those
+    of the others.
+
+    Raises:
+      BadConfig: it cannot be written, or is not one folder for all processes.
+    """
+    try:
+        _open(workdir)
+    except OSError as error:
+        raise BadConfig(f"config.workdir {workdir} cannot be written ({error}); choose another folder") from error
+
+
 def _open(workdir: epath.Path) -> None:
-    """Makes the folder; each process of a job leaves a file there for a moment and looks for those of the others."""
     workdir.mkdir(parents=True, exist_ok=True)
     probes = [workdir / f".writable-{process}" for process in range(jax.process_count())]
     probes[jax.process_index()].write_text("")

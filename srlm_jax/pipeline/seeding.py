@@ -1,16 +1,13 @@
-"""The data a run starts from: the embedded world, the seed split, and whether all prompts will fit."""
+"""The data a run starts from: the embedded world and the seed split."""
 
 from srlm_jax.data import oasst, sources, trees, world_corpus
 from srlm_jax.data.trees import SeedSplit
-from srlm_jax.judge import rubric as rubrics
 from srlm_jax.parallel import hosts
 from srlm_jax.pipeline import answering, judging
 from srlm_jax.pipeline.ledger import Outcome
 from srlm_jax.pipeline.run import Run, naming
-from srlm_jax.pipeline.settings import BadConfig
 from srlm_jax.records import Document
 from srlm_jax.storage import jsonl
-from srlm_jax.text import chat, self_instruct
 
 
 def make_world(run: Run) -> None:
@@ -38,44 +35,57 @@ def split_seed(run: Run) -> None:
     world's or Open Assistant's, or as the user has divided them.
 
     Raises:
-      BadConfig: a source cannot be read or used, with the name of its field; or what `check_lengths` and
-        `answering.check_writer` refuse.
+      BadConfig: as `read_seed`; or too few IFT prompts are short enough to be shown to a model that writes prompts.
       EmptyStage: no human-ranked answer could be judged.
     """
     s = run.settings.seed_data
 
     def work() -> Outcome:
-        if s.ift is not None:
-            split, counts = _own_split(run)
-            run.settings.check_demonstrations("config.seed_data.ift: examples that can be used:", len(split.ift))
-        else:
-            with naming("config.seed_data.trees"):
-                export = oasst.read_export(s.trees or run.workdir / "world" / "trees.jsonl")
-            with naming("config.seed_data.rules"):
-                split, counts = trees.split_seed(export.trees, s.rules, run.settings.seed), export.counts
+        split, counts = read_seed(run)
         for name in ("ift", "eft_train", "eft_eval"):
             run.write(run.workdir / "seed" / f"{name}.jsonl", getattr(split, name))
         return Outcome(counts | split.counts, None)
 
-    contents = run.contents(
+    own = s.trees is not None or s.ift is not None
+    run.ledger.run(
+        "seed",
+        work,
+        config=run.config("seed_data") | contents(run),
+        inputs=() if own else ("world",),
+        outputs=("seed",),
+    )
+    # What would stop the run hours later.
+    answering.check_seeds(run)
+    for name in ("eft_train", "eft_eval"):
+        judging.ranked_prompts(run, name)
+
+
+def contents(run: Run) -> dict[str, object]:
+    """A hash of each source of human data, as in `Run.contents`; empty for the embedded world's."""
+    s = run.settings.seed_data
+    return run.contents(
         seed_data__trees=s.trees,
         seed_data__ift=s.ift,
         seed_data__eft_train=s.eft_train,
         seed_data__eft_eval=s.eft_eval,
     )
-    own = s.trees is not None or s.ift is not None
-    run.ledger.run(
-        "seed",
-        work,
-        config=run.config("seed_data") | contents,
-        inputs=() if own else ("world",),
-        outputs=("seed",),
-    )
-    # Whatever would stop the run hours from here.
-    check_lengths(run)
-    answering.check_writer(run)
-    for name in ("eft_train", "eft_eval"):
-        judging.ranked_prompts(run, name)
+
+
+def read_seed(run: Run) -> tuple[SeedSplit, dict[str, int]]:
+    """The seed data from where the configuration says that they are, and the counts of what was read and dropped.
+
+    Raises:
+      BadConfig: a source cannot be read or used, with the name of its field.
+    """
+    s = run.settings.seed_data
+    if s.ift is not None:
+        split, counts = _own_split(run)
+        run.settings.check_demonstrations("config.seed_data.ift: examples that can be used:", len(split.ift))
+        return split, counts
+    with naming("config.seed_data.trees"):
+        export = oasst.read_export(s.trees or run.workdir / "world" / "trees.jsonl")
+    with naming("config.seed_data.rules"):
+        return trees.split_seed(export.trees, s.rules, run.settings.seed), export.counts
 
 
 def _own_split(run: Run) -> tuple[SeedSplit, dict[str, int]]:
@@ -91,37 +101,3 @@ def _own_split(run: Run) -> tuple[SeedSplit, dict[str, int]]:
         counts |= {f"{name}_{reason}": count for reason, count in dropped.items()}
     with naming("config.seed_data"):
         return sources.without_overlap(**found), counts
-
-
-def check_lengths(run: Run) -> None:
-    """Refuses, before any training, a configuration whose longest judge or 8-shot prompt would not fit the model.
-
-    Raises:
-      BadConfig: names the fields whose sum is too large.
-    """
-    s = run.settings
-
-    def tokens(text: str) -> int:
-        return len(chat.encode_prompt(run.tokenizer, run.chat, text))
-
-    frame = tokens(rubrics.fill(run.rubric, "", ""))
-    needed = frame + s.max_prompt_tokens + s.responses.max_new_tokens + s.judging.max_new_tokens
-    if needed > s.context_length:
-        raise BadConfig(
-            f"the judge's prompt cannot be held: {frame} tokens of rubric + config.max_prompt_tokens "
-            f"{s.max_prompt_tokens} + config.responses.max_new_tokens {s.responses.max_new_tokens} + "
-            f"config.judging.max_new_tokens {s.judging.max_new_tokens} = {needed} > config.context_length "
-            f"{s.context_length}: lower one or raise the last"
-        )
-    if s.self_instruction.prompts_file is not None:
-        return
-    shots = s.self_instruction.from_seeds + s.self_instruction.from_generated
-    frame = len(chat.encode_opening(run.tokenizer, self_instruct.creation_prompt(["x"] * shots)))
-    needed = frame + shots * s.max_prompt_tokens + s.self_instruction.sampling.max_new_tokens
-    if needed > s.context_length:
-        raise BadConfig(
-            f"the prompt for new instructions cannot be held: {frame} tokens of frame + {shots} x "
-            f"config.max_prompt_tokens {s.max_prompt_tokens} + config.self_instruction.sampling.max_new_tokens "
-            f"{s.self_instruction.sampling.max_new_tokens} = {needed} > config.context_length {s.context_length}: "
-            "lower one or raise the last"
-        )

@@ -161,7 +161,10 @@ def test_fields_that_change_nothing_are_passed_over():
         ({"rope_scaling": 2.0}, "rope_scaling must hold fields or null, not 2.0"),
         ({"rope_scaling": LLAMA3 | {"beta": 1}}, "rope_scaling: unknown field beta"),
         ({"rope_scaling": LLAMA3 | {"factor": None}}, "rope_scaling: factor must be a number, not None"),
-        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "rope_scaling: low_freq_factor is 4.0: it must be below high"),
+        (
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            "rope_scaling: low_freq_factor is 4.0: it must be below high",
+        ),
         ({"rope_scaling": LLAMA3 | {"type": "default"}}, "rope_scaling: rope_type and type contradict each other"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "contradict each other"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "rope_parameters: rope_theta is 7.0, and 100.0 outside of it"),

@@ -82,7 +82,7 @@ def test_there_may_be_more_rounds_than_the_paper_has(finished, tmp_path, monkeyp
     monkeypatch.setattr(command, "self_reward", lambda run: names)
     run_command(finished | {"models": 12}, None)
     assert list(jsonl.read_json(tmp_path / "results.json")) == ["M0", "SFT", *(f"M{n}" for n in range(1, 13))]
-    assert "\nM12         3.50 ± 0.25\n" in capsys.readouterr().out
+    assert "\nM12   3.50 ± 0.25\n" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert all(f">M{number}<" in page for number in range(1, 13))
 

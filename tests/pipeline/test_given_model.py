@@ -18,7 +18,7 @@ from configs.base import SCALES, get_config
 from srlm_jax.judge.rubric import paper_rubric
 from srlm_jax.model import config_files, llama, weights
 from srlm_jax.parallel import rules
-from srlm_jax.pipeline import answering, evaluation, judging, seeding, training
+from srlm_jax.pipeline import answering, checks, evaluation, judging, seeding, training
 from srlm_jax.pipeline.endpoint import EndpointError, EndpointGenerate
 from srlm_jax.pipeline.generate import ModelGenerate
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome, StaleStage
@@ -235,7 +235,7 @@ def test_a_generator_that_cannot_be_read_is_missed_before_anything_is_trained(co
     (tmp_path / "empty").mkdir()
     run = open_run(config(self_instruction__generator=str(tmp_path / "empty")))
     with pytest.raises(BadConfig, match=r"^config\.self_instruction\.generator: .*empty holds no model"):
-        seeding.split_seed(run)
+        checks.check(run)
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_writer_from_elsewhere_speaks_with_its_own_weights_and_tokenizer(confi
 
 def test_a_server_stands_in_for_the_writer_alone(config, server):
     run = open_run(config(self_instruction__endpoint=served(server, "chat-70b"), self_instruction__generator=None))
-    seeding.split_seed(run)  # which misses no generator
+    checks.check(run)  # which misses no generator
     writer = answering._prompt_writer(run, "m1", "m2/prompts")
     assert isinstance(writer, EndpointGenerate)
     writer([Request(id="a", prompts=("Come up with a series of tasks:",), chat=False)], GREEDY, lambda *_: None)

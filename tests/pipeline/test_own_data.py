@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs.base import get_config
-from srlm_jax.pipeline import answering, seeding
+from srlm_jax.pipeline import answering, checks, seeding
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome, StaleStage
 from srlm_jax.pipeline.run import make_run
 from srlm_jax.pipeline.settings import BadConfig, read
@@ -168,7 +168,7 @@ def test_fixed_prompts_need_no_room_for_demonstrations(tmp_path):
 
     def check():
         run = make_run(read(tree), "test")
-        seeding.check_lengths(run)
+        checks.check_lengths(run)
 
     with pytest.raises(BadConfig, match="the prompt for new instructions cannot be held"):
         check()

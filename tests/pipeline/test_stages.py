@@ -11,9 +11,9 @@ from configs.base import get_config
 from srlm_jax.data import world
 from srlm_jax.model import llama, quantized
 from srlm_jax.parallel import hosts, rules
-from srlm_jax.pipeline import answering, judging, seeding, training
+from srlm_jax.pipeline import answering, checks, judging, seeding, training
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
-from srlm_jax.pipeline.run import Run, make_run
+from srlm_jax.pipeline.run import Run, make_run, open_workdir
 from srlm_jax.pipeline.settings import BadConfig, read
 from srlm_jax.records import (
     Completion,
@@ -188,10 +188,8 @@ def test_the_world_and_its_split_are_counted(tmp_path):
 
 
 def test_a_judge_prompt_that_cannot_fit_stops_before_training(tmp_path):
-    run = open_run(tmp_path, context_length=100)
-    seeding.make_world(run)
     with pytest.raises(BadConfig) as raised:
-        seeding.split_seed(run)
+        checks.check(open_run(tmp_path, context_length=100))
     for field in ("context_length", "max_prompt_tokens", "responses.max_new_tokens", "judging.max_new_tokens"):
         assert f"config.{field}" in str(raised.value)
     assert not (tmp_path / "m0").exists()
@@ -199,7 +197,7 @@ def test_a_judge_prompt_that_cannot_fit_stops_before_training(tmp_path):
 
 def test_the_longest_judge_prompt_that_fits_is_accepted(tmp_path):
     with pytest.raises(BadConfig, match=r": (\d+) tokens of rubric") as raised:
-        seeding.check_lengths(open_run(tmp_path, context_length=10))
+        checks.check_lengths(open_run(tmp_path, context_length=10))
     frame = int(str(raised.value).split(" tokens of rubric")[0].split()[-1])
     rubric_words = world.RUBRIC.template.replace("\n", " \n ").split(" ")
     assert frame == len(rubric_words) - 2 + len(["<s>", "user:", "\n", "assistant:"])
@@ -210,15 +208,15 @@ def test_the_longest_judge_prompt_that_fits_is_accepted(tmp_path):
         "self_instruction__from_seeds": 1,
         "self_instruction__from_generated": 0,
     }
-    seeding.check_lengths(open_run(tmp_path, context_length=200, **exact))
+    checks.check_lengths(open_run(tmp_path, context_length=200, **exact))
     with pytest.raises(BadConfig, match=r"= 200 > config\.context_length 199"):
-        seeding.check_lengths(open_run(tmp_path, context_length=199, **exact))
+        checks.check_lengths(open_run(tmp_path, context_length=199, **exact))
 
 
 def test_a_prompt_for_new_instructions_that_cannot_fit_stops_before_training(tmp_path):
     run = open_run(tmp_path, self_instruction__from_seeds=20)
     with pytest.raises(BadConfig, match=r"22 x config\.max_prompt_tokens .* config\.self_instruction\.sampling"):
-        seeding.check_lengths(run)
+        checks.check_lengths(run)
 
 
 def test_more_token_ids_than_the_model_has_are_refused(tmp_path):
@@ -233,8 +231,8 @@ def test_adapters_wider_than_the_model_are_refused(tmp_path):
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match=r"config\.workdir .*file/runs cannot be written"):
-        open_run(tmp_path / "file" / "runs")
+    with pytest.raises(BadConfig, match=r"config\.workdir .*file/runs cannot be written"):
+        open_workdir(open_run(tmp_path / "file" / "runs").workdir)
 
 
 def test_examples_that_all_exceed_the_context_stop_the_training(tmp_path):
@@ -474,9 +472,8 @@ def test_completions_without_an_instruction_stop_with_advice(tmp_path, speak):
 
 def test_a_generator_that_is_nowhere_is_named(tmp_path):
     run = open_run(tmp_path, self_instruction__generator="/no/such/model")
-    seeding.make_world(run)
     with pytest.raises(BadConfig, match=r"^config\.self_instruction\.generator: '/no/such/model' is neither"):
-        seeding.split_seed(run)
+        checks.check(run)
 
 
 def test_no_vote_is_told_apart_from_all_reasons():

@@ -1,0 +1,109 @@
+"""What is checked before the first stage: whatever would stop a run hours later.
+
+Nothing is written and no stage is removed until all of it has passed.
+"""
+
+from etils import epath
+
+from srlm_jax.judge import rubric as rubrics
+from srlm_jax.model import llama, weights
+from srlm_jax.parallel import rules
+from srlm_jax.pipeline import answering, evaluation, report, seeding
+from srlm_jax.pipeline.endpoint import EndpointGenerate
+from srlm_jax.pipeline.run import Run, naming
+from srlm_jax.pipeline.settings import BadConfig
+from srlm_jax.text import chat, self_instruct
+from srlm_jax.text.tokenizer import check_vocabulary, load_tokenizer
+
+
+def check(run: Run) -> None:
+    """Refuses a run that would fail later.
+
+    Raises:
+      BadConfig: a file cannot be read, a folder holds no model, or prompts do not fit the model; with the field's name.
+      EndpointError, MissingExtra: a server cannot be asked.
+    """
+    report.template()
+    check_lengths(run)
+    check_sources(run)
+    check_writer(run)
+
+
+def check_sources(run: Run) -> None:
+    """Reads the files that the configuration names. Human data that the finished stage "seed" has read are not read
+    again.
+
+    Raises:
+      BadConfig: a file cannot be read or used; the message has its field.
+    """
+    s = run.settings
+    contents = seeding.contents(run)
+    entry = run.ledger.entry("seed")
+    read = entry is not None and entry["status"] == "done" and contents.items() <= entry["config"].items()
+    if contents and not read:
+        seeding.read_seed(run)
+    if s.models > 1 and s.self_instruction.prompts_file is not None:
+        answering.read_prompts(run)
+    if not run.embedded and s.validation.prompts_file is not None:
+        evaluation.read_prompts(run)
+
+
+def check_writer(run: Run) -> None:
+    """Refuses a source of new prompts that will not be there when a round needs it.
+
+    Raises:
+      BadConfig: it is neither a model of this run nor a folder with a model and a tokenizer.
+      EndpointError, MissingExtra: the server cannot be asked.
+    """
+    s = run.settings
+    if s.models < 2 or s.self_instruction.prompts_file is not None:
+        return
+    if s.self_instruction.endpoint.url is not None:
+        EndpointGenerate(s.self_instruction.endpoint)
+        return
+    writer = s.self_instruction.generator
+    if writer in ("current", "m0", "sft", "m1"):
+        return
+    with naming("config.self_instruction.generator"):
+        if writer is None or not epath.Path(writer).exists():
+            raise BadConfig(
+                f"{writer!r} is neither 'current', nor a model that every round finds (m0, sft, m1), nor a folder"
+            )
+        sizes = weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat="dots")
+        weights.source_dtype(writer, sizes)  # which opens its files
+        rules.model_shardings(run.sample_mesh, rules.SAMPLE, llama.abstract(sizes))
+        check_vocabulary(load_tokenizer(writer), sizes.V)
+
+
+def check_lengths(run: Run) -> None:
+    """Refuses a configuration whose longest judge or 8-shot prompt would not fit the model.
+
+    Raises:
+      BadConfig: names the fields whose sum is too large.
+    """
+    s = run.settings
+
+    def tokens(text: str) -> int:
+        return len(chat.encode_prompt(run.tokenizer, run.chat, text))
+
+    frame = tokens(rubrics.fill(run.rubric, "", ""))
+    needed = frame + s.max_prompt_tokens + s.responses.max_new_tokens + s.judging.max_new_tokens
+    if needed > s.context_length:
+        raise BadConfig(
+            f"the judge's prompt cannot be held: {frame} tokens of rubric + config.max_prompt_tokens "
+            f"{s.max_prompt_tokens} + config.responses.max_new_tokens {s.responses.max_new_tokens} + "
+            f"config.judging.max_new_tokens {s.judging.max_new_tokens} = {needed} > config.context_length "
+            f"{s.context_length}: lower one or raise the last"
+        )
+    if s.models < 2 or s.self_instruction.prompts_file is not None:
+        return
+    shots = s.self_instruction.from_seeds + s.self_instruction.from_generated
+    frame = len(chat.encode_opening(run.tokenizer, self_instruct.creation_prompt(["x"] * shots)))
+    needed = frame + shots * s.max_prompt_tokens + s.self_instruction.sampling.max_new_tokens
+    if needed > s.context_length:
+        raise BadConfig(
+            f"the prompt for new instructions cannot be held: {frame} tokens of frame + {shots} x "
+            f"config.max_prompt_tokens {s.max_prompt_tokens} + config.self_instruction.sampling.max_new_tokens "
+            f"{s.self_instruction.sampling.max_new_tokens} = {needed} > config.context_length {s.context_length}: "
+            "lower one or raise the last"
+        )
