@@ -24,10 +24,11 @@ from srlm_jax.records import Example, JudgedPrompt, RankedPrompt, Vote
 class EftDrop(enum.StrEnum):
     """Why a draw, or an example of an accepted draw, is not in the training set."""
 
-    TOO_FEW_SCORED = "too_few_scored"
+    TOO_FEW_SCORED = "too_few_scored"  # too few scores, or none of two responses that humans ordered
     AGAINST_HUMANS = "against_humans"  # some response scores above one that humans put before it
     TOO_MANY_TIES = "too_many_ties"
     EXTRA_DRAW = "extra_draw"  # beyond `draws_per_prompt`
+    CUT = "cut"  # the length limit cut the judgement after its score
     DUPLICATE = "duplicate"
     MOST_COMMON_SCORE = "most_common_score"  # thinned out
 
@@ -38,15 +39,16 @@ class EftRules:
 
     min_scored: the fewest responses of a draw that must have a score. The order of those alone is compared: a
       malformed judgement says nothing against the others. At least 2, or there is no order.
-    max_tied_pairs: how many pairs that humans ordered may score the same. Six scores cannot order eight responses, so
-      0 keeps short lists only; a large number accepts draws that hardly tell the responses apart.
+    max_tied_share: the largest share of the scored pairs that humans ordered which may score the same; at least one of
+      these pairs must be ordered, whatever the share. Two responses have one pair, which must be ordered; three have
+      three pairs, of which 0.4 lets one be tied. Six scores cannot order eight responses, so 0 keeps short lists only.
     draws_per_prompt: the most accepted draws kept of one prompt, so that easy prompts do not crowd out the others.
     most_common_share: the largest share of all examples the most common score may have, 1 for no thinning. The
       baseline says 4 too often, and a judge trained on that says nothing else.
     """
 
     min_scored: Annotated[int, at_least(2)]
-    max_tied_pairs: Annotated[int, at_least(0)]
+    max_tied_share: Annotated[float, at_least(0), at_most(1)]
     draws_per_prompt: Count
     most_common_share: Annotated[float, above(0), at_most(1)]
 
@@ -74,20 +76,25 @@ def disagreement(ranks: Sequence[int], votes: Sequence[Vote], rules: EftRules) -
     scored = [(rank, vote.score) for rank, vote in zip(ranks, votes, strict=True) if vote.score is not None]
     if len(scored) < rules.min_scored:
         return EftDrop.TOO_FEW_SCORED
-    ties = 0
+    ordered = ties = 0
     for (better, better_score), (worse, worse_score) in itertools.combinations(sorted(scored), 2):
         if better == worse:
             continue  # humans put them level, so any scores agree
         if better_score < worse_score:
             return EftDrop.AGAINST_HUMANS
+        ordered += 1
         ties += better_score == worse_score
-    return EftDrop.TOO_MANY_TIES if ties > rules.max_tied_pairs else None
+    if ordered == 0:
+        return EftDrop.TOO_FEW_SCORED
+    # repr gives the decimal that was configured.
+    return EftDrop.TOO_MANY_TIES if ties == ordered or ties > Fraction(repr(rules.max_tied_share)) * ordered else None
 
 
 def eft_examples(
     ranked: Sequence[RankedPrompt], judged: Sequence[JudgedPrompt], rubric: Rubric, rules: EftRules, seed: int
 ) -> EftExamples:
-    """The training examples: judge's prompt in, judgement out, for each scored judgement of each draw that agrees.
+    """The training examples: judge's prompt in, judgement out, for each scored judgement of each draw that agrees. A
+    judgement that the length limit cut after its score counts in the draw, and is no example.
 
     `ranked` and `judged` hold the same prompts in any order; the examples follow `ranked`. An example's id is
     "prompt/response/draw", numbered from 0. The most common score (the higher of two equally common) is thinned down
@@ -114,6 +121,9 @@ def eft_examples(
             kept += 1
             for index, (response, vote) in enumerate(zip(prompt.responses, votes, strict=True)):
                 if vote.score is None:
+                    continue
+                if not vote.finished:
+                    counts[EftDrop.CUT] += 1
                     continue
                 text = fill(rubric, prompt.prompt, response)
                 if (text, vote.text) in examples:

@@ -127,7 +127,7 @@ def make_eft(run: Run) -> None:
         if not made.examples:
             raise EmptyStage(
                 f"eft/examples: no judgement of the SFT baseline agrees with the human ranking ({made.counts}); "
-                "raise config.eft.max_tied_pairs or config.eft.most_common_share, or train the baseline for longer"
+                "raise config.eft.max_tied_share or config.eft.most_common_share, or train the baseline for longer"
             )
         run.write(jsonl.shard(run.workdir / "eft" / "examples", 0), made.examples)
         return Outcome(made.counts, None)

@@ -8,7 +8,7 @@ from srlm_jax.judge.rubric import Rubric
 from srlm_jax.records import JudgedPrompt, JudgedResponse, NoVote, RankedPrompt, Vote
 
 RUBRIC = Rubric(template="<INSTRUCTION_HERE>|<RESPONSE_HERE>", stop=())
-RULES = EftRules(min_scored=2, max_tied_pairs=0, draws_per_prompt=10, most_common_share=1.0)
+RULES = EftRules(min_scored=2, max_tied_share=0.0, draws_per_prompt=10, most_common_share=1.0)
 
 
 def vote(score, text=None):
@@ -25,10 +25,17 @@ def vote(score, text=None):
         ((0, 1, 2), (1, 4, 5), {}, EftDrop.AGAINST_HUMANS),  # ranks and scores run in opposite directions
         ((0, 1, 2), (5, 1, 4), {}, EftDrop.AGAINST_HUMANS),
         ((0, 1, 2), (5, 4, 4), {}, EftDrop.TOO_MANY_TIES),
-        ((0, 1, 2), (5, 4, 4), {"max_tied_pairs": 1}, None),
-        ((0, 1, 2), (4, 4, 4), {"max_tied_pairs": 2}, EftDrop.TOO_MANY_TIES),
-        ((0, 1, 2), (4, 4, 4), {"max_tied_pairs": 3}, None),
-        ((0, 1, 2), (4, 4, 5), {"max_tied_pairs": 3}, EftDrop.AGAINST_HUMANS),
+        ((0, 1, 2), (5, 4, 4), {"max_tied_share": 0.33}, EftDrop.TOO_MANY_TIES),
+        ((0, 1, 2), (5, 4, 4), {"max_tied_share": 0.4}, None),
+        ((0, 1), (4, 4), {"max_tied_share": 0.4}, EftDrop.TOO_MANY_TIES),  # two equal scores prove nothing
+        ((0, 1), (4, 4), {"max_tied_share": 1.0}, EftDrop.TOO_MANY_TIES),
+        ((0, 1, 2), (4, 4, 4), {"max_tied_share": 1.0}, EftDrop.TOO_MANY_TIES),
+        ((0, 1, 2), (4, 4, 5), {"max_tied_share": 1.0}, EftDrop.AGAINST_HUMANS),
+        ((0, 1, 2, 3), (5, 4, 4, 4), {"max_tied_share": 0.4}, EftDrop.TOO_MANY_TIES),  # 3 of 6 pairs
+        ((0, 1, 2, 3), (5, 5, 4, 4), {"max_tied_share": 0.4}, None),  # 2 of 6
+        ((0, 1, 2, 3, 4), (5, 5, 4, 4, 3), {"max_tied_share": 0.2}, None),  # 2 of 10
+        ((0, 1, 1), (4, 4, 4), {"max_tied_share": 1.0}, EftDrop.TOO_MANY_TIES),
+        ((0, 0, 1), (4, 4, None), {}, EftDrop.TOO_FEW_SCORED),  # humans did not order the two that are scored
         ((0, 1, 2), (5, None, 4), {}, None),
         ((0, 1, 2), (5, None, 4), {"min_scored": 3}, EftDrop.TOO_FEW_SCORED),
         ((0, 1, 2), (0, None, 4), {}, EftDrop.AGAINST_HUMANS),
@@ -105,7 +112,7 @@ def many():
     [(1.0, 20), (0.9, 20), (0.5, 10), (0.6, 15), (0.4, 6), (0.1, 1)],
 )
 def test_the_most_common_score_is_thinned_to_its_share(share, fours):
-    rules = dataclasses.replace(RULES, max_tied_pairs=1, most_common_share=share)
+    rules = dataclasses.replace(RULES, max_tied_share=0.4, most_common_share=share)
     result = make(many(), rules)
     scores = collections.Counter(e.response[-1] for e in result.examples)
     # 10 examples have other scores, and k / (k + 10) <= share.
@@ -116,7 +123,7 @@ def test_the_most_common_score_is_thinned_to_its_share(share, fours):
 
 
 def test_what_is_thinned_out_depends_on_the_seed_alone():
-    rules = dataclasses.replace(RULES, max_tied_pairs=1, most_common_share=0.5)
+    rules = dataclasses.replace(RULES, max_tied_share=0.4, most_common_share=0.5)
 
     def chosen(prompts, seed):
         return {e.id for e in make(prompts, rules, seed).examples}
@@ -134,10 +141,23 @@ def test_of_two_most_common_scores_the_higher_is_thinned():
 
 
 def test_a_judge_of_one_score_teaches_nothing():
-    rules = dataclasses.replace(RULES, max_tied_pairs=9, most_common_share=0.5)
-    result = make([prompt("1", (vote(4), vote(4)))], rules)
+    rules = dataclasses.replace(RULES, max_tied_share=1.0)
+    result = make([prompt("1", (vote(4), vote(4))), prompt("2", (vote(4), vote(4), vote(4)))], rules)
     assert result.examples == []
-    assert result.counts["most_common_score"] == 2
+    assert result.counts["too_many_ties"] == 2
+
+
+def test_examples_of_one_score_are_thinned_to_nothing():
+    draw = (vote(4), dataclasses.replace(vote(1), finished=False))
+    result = make([prompt("1", draw)], dataclasses.replace(RULES, most_common_share=0.5))
+    assert result.examples == []
+    assert result.counts["most_common_score"] == 1
+
+
+def test_a_cut_judgement_counts_in_its_draw_and_is_no_example():
+    result = make([prompt("1", (vote(4), dataclasses.replace(vote(1), finished=False)))], RULES)
+    assert [example.id for example in result.examples] == ["1/0/0"]
+    assert (result.counts["cut"], result.counts["accepted_draws"]) == (1, 1)
 
 
 def test_unequal_numbers_of_votes_are_refused():
@@ -152,7 +172,8 @@ def test_unequal_numbers_of_votes_are_refused():
     ("field", "value"),
     [
         ("min_scored", 1),
-        ("max_tied_pairs", -1),
+        ("max_tied_share", -0.1),
+        ("max_tied_share", 40.0),
         ("draws_per_prompt", 0),
         ("most_common_share", 0.0),
         ("most_common_share", 40.0),

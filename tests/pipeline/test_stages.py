@@ -304,7 +304,7 @@ def test_a_baseline_that_never_agrees_stops_with_advice(tmp_path):
         jsonl.shard(run.workdir / "eft" / "judgements", 0),
         [JudgedPrompt(id=verdict.id, prompt=verdict.prompt, responses=responses)],
     )
-    with pytest.raises(EmptyStage, match=r"^eft/examples: no judgement .* config\.eft\.max_tied_pairs"):
+    with pytest.raises(EmptyStage, match=r"^eft/examples: no judgement .* config\.eft\.max_tied_share"):
         judging.make_eft(run)
 
 
