@@ -38,6 +38,7 @@ LAYERS = (
     "pipeline",
     "convert",
     "generate",
+    "judging_examples",
     "bench",
     "plan",
     "main",

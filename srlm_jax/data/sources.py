@@ -71,7 +71,7 @@ def without_overlap(
 
     Prompts that occur more than once in a set, or in both training sets, are counted and stay.
 
-    Raises ValueError where a training set has nothing left.
+    Raises ValueError where a training set has nothing left. `eft_train` may be empty from the beginning.
     """
     evaluated = _keys(eft_eval)
     counts = collections.Counter()
@@ -79,7 +79,7 @@ def without_overlap(
     for name, records in (("ift", ift), ("eft_train", eft_train)):
         kept[name] = [record for record in records if same_text_key(record.prompt) not in evaluated]
         counts[f"{name}_{SourceDrop.IN_EFT_EVAL}"] = len(records) - len(kept[name])
-        if not kept[name]:
+        if records and not kept[name]:
             raise BadInput(f"all {len(records)} prompts of {name} are in eft_eval: they cannot be trained on as well")
     sets = kept | {"eft_eval": list(eft_eval)}
     for name, records in sets.items():

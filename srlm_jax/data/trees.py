@@ -127,6 +127,20 @@ def split_seed(trees: Sequence[dict], rules: SeedRules, seed: int) -> SeedSplit:
     )
 
 
+def ranked_prompts(trees: Sequence[dict], lang: str) -> tuple[list[RankedPrompt], dict[str, int]]:
+    """Every prompt whose ranking `split_seed` could give to EFT, in an order that does not depend on that of the trees;
+    and the counts of trees, of `prompts` and of what was dropped, by `SeedDrop`.
+
+    Raises ValueError where an id occurs twice.
+    """
+    rules = SeedRules(lang=lang, min_ranked=2, ift_prompts=0, eft_train_prompts=0, eft_eval_prompts=0)
+    counts = collections.Counter({"trees": len(trees)})
+    converted = [_convert(tree, rules, 0, counts) for tree in _distinct_prompts(trees, lang, 0, counts)]
+    ranked = [tree.ranked for tree in converted if tree.ranked is not None]
+    counts.update({"prompts": len(ranked), SeedDrop.NO_USABLE_RANKING: len(converted) - len(ranked)})
+    return ranked, {str(name): count for name, count in sorted(counts.items()) if count}
+
+
 def same_text_key(prompt: str) -> str:
     """What two prompts share that are the same but for case and white space."""
     return " ".join(prompt.split()).casefold()

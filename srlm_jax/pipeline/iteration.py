@@ -9,17 +9,22 @@ def self_reward(run: Run) -> list[str]:
     if run.embedded:
         seeding.make_world(run)
     seeding.split_seed(run)
+    own_judgements = run.settings.seed_data.eft is not None
+    if own_judgements:
+        seeding.take_eft(run)
 
     training.make_base(run)
     evaluation.evaluate(run, "m0")
 
-    # The SFT baseline: M0 on human answers alone. It judges the ranked answers of the EFT split.
+    # The SFT baseline: M0 on human answers alone. It judges the ranked answers of the EFT split, unless the user has
+    # given judgements.
     training.fine_tune(run, "sft", ["seed/ift.jsonl"], ["seed", "m0/train"])
     evaluation.evaluate(run, "sft")
-    judging.judge_ranked(run)
-    judging.make_eft(run)
+    if not own_judgements:
+        judging.judge_ranked(run)
+        judging.make_eft(run)
 
-    # M1: M0, not the baseline, on human answers and on the judgements that agree with humans.
+    # M1: M0, not the baseline, on human answers and on judgements: those that agree with humans, or the user's.
     training.fine_tune(run, "m1", ["seed/ift.jsonl", "eft/examples"], ["seed", "eft/examples", "m0/train"])
     evaluation.evaluate(run, "m1")
 

@@ -1,12 +1,15 @@
 """The data a run starts from: the embedded world and the seed split."""
 
-from srlm_jax.data import oasst, sources, trees, world_corpus
+import dataclasses
+
+from srlm_jax.data import judging_examples, oasst, sources, trees, world_corpus
+from srlm_jax.data.judging_examples import JudgingExample
 from srlm_jax.data.trees import SeedSplit
 from srlm_jax.parallel import hosts
 from srlm_jax.pipeline import answering, judging
-from srlm_jax.pipeline.ledger import Outcome
+from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.pipeline.run import Run, naming
-from srlm_jax.records import Document
+from srlm_jax.records import Document, RankedPrompt
 from srlm_jax.storage import jsonl
 
 
@@ -84,8 +87,42 @@ def read_seed(run: Run) -> tuple[SeedSplit, dict[str, int]]:
         return split, counts
     with naming("config.seed_data.trees"):
         export = oasst.read_export(s.trees or run.workdir / "world" / "trees.jsonl")
+    rules_ = s.rules if s.eft is None else dataclasses.replace(s.rules, eft_train_prompts=0)
     with naming("config.seed_data.rules"):
-        return trees.split_seed(export.trees, s.rules, run.settings.seed), export.counts
+        return trees.split_seed(export.trees, rules_, run.settings.seed), export.counts
+
+
+def read_judging_examples(run: Run) -> list[JudgingExample]:
+    """The judging examples that the configuration names.
+
+    Raises:
+      BadConfig: they cannot be read or used, with the name of the field.
+    """
+    with naming("config.seed_data.eft"):
+        return judging_examples.read_judging_examples(run.settings.seed_data.eft)
+
+
+def take_eft(run: Run) -> None:
+    """Judging examples of the user's own -> EFT training examples, in place of the SFT baseline's judgements."""
+
+    def work() -> Outcome:
+        ranked = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
+        made = judging_examples.filled_examples(read_judging_examples(run), ranked, run.rubric)
+        if not made.examples:
+            raise EmptyStage(
+                f"eft/examples: all prompts of config.seed_data.eft are in the evaluation ({made.counts}): they cannot "
+                "be trained on as well; give examples with other prompts"
+            )
+        run.write(jsonl.shard(run.workdir / "eft" / "examples", 0), made.examples)
+        return Outcome(made.counts, None)
+
+    run.ledger.run(
+        "eft/examples",
+        work,
+        config=run.config("seed_data.eft", "judging.rubric") | run.contents(seed_data__eft=run.settings.seed_data.eft),
+        inputs=("seed",),
+        outputs=("eft/examples",),
+    )
 
 
 def _own_split(run: Run) -> tuple[SeedSplit, dict[str, int]]:
@@ -96,6 +133,9 @@ def _own_split(run: Run) -> tuple[SeedSplit, dict[str, int]]:
         ("eft_train", sources.read_ranked),
         ("eft_eval", sources.read_ranked),
     ):
+        if name == "eft_train" and s.eft is not None:
+            found[name] = []
+            continue
         with naming(f"config.seed_data.{name}"):
             found[name], dropped = read(getattr(s, name), name.replace("_", "-"))
         counts |= {f"{name}_{reason}": count for reason, count in dropped.items()}

@@ -52,16 +52,24 @@ class ModelSettings(LlamaConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
     """Where the human data come from: the embedded world (nothing is given), an Open Assistant export, or three sources
-    of one's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`."""
+    of one's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`.
+
+    Judging examples of one's own (`eft`) take the place of ranked prompts for training. The SFT baseline then judges
+    none; the evaluation still needs its ranked prompts, from trees or from `eft_eval`.
+    """
 
     trees: Text | None  # of Open Assistant: see `srlm_jax.data.oasst`
-    ift: Text | None  # these three, all or none: see `srlm_jax.data.sources`
+    eft: Text | None  # see `srlm_jax.data.judging_examples`
+    ift: Text | None  # these three, or two beside `eft`, all or none: see `srlm_jax.data.sources`
     eft_train: Text | None
     eft_eval: Text | None
     rules: SeedRules  # how trees are divided
 
     def __post_init__(self):
-        own = {name: getattr(self, name) for name in ("ift", "eft_train", "eft_eval")}
+        if self.eft is not None and self.eft_train is not None:
+            raise BadConfig("config.seed_data.eft and config.seed_data.eft_train are both given: keep one")
+        names = ("ift", "eft_train", "eft_eval") if self.eft is None else ("ift", "eft_eval")
+        own = {name: getattr(self, name) for name in names}
         given = [name for name, source in own.items() if source is not None]
         absent = [name for name, source in own.items() if source is None]
         if given and absent:

@@ -174,3 +174,72 @@ def test_fixed_prompts_need_no_room_for_demonstrations(tmp_path):
         check()
     tree["self_instruction"]["prompts_file"] = "prompts"
     check()
+
+
+# --- judging examples of one's own ------------------------------------------------------------------------------------
+
+
+def judging_rows(*prompts):
+    return [{"prompt": prompt, "response": "apple", "judgement": "yes Score: 4"} for prompt in prompts]
+
+
+def take_eft(workdir, **sources):
+    run = open_run(workdir, **sources)
+    seeding.split_seed(run)
+    seeding.take_eft(run)
+    return run
+
+
+def test_judging_examples_take_the_place_of_the_baselines_judgements(tmp_path, own):
+    del own["eft_train"]
+    own["eft"] = write(tmp_path / "eft", judging_rows("train", "ASK 0", "more"))
+    run = take_eft(tmp_path / "run", **own)
+    assert jsonl.read(run.workdir / "seed" / "eft_train.jsonl", RankedPrompt) == []
+    made = jsonl.read(run.workdir / "eft" / "examples", Example)
+    assert [(e.id, e.response) for e in made] == [("eft-000001", "yes Score: 4"), ("eft-000003", "yes Score: 4")]
+    assert made[0].prompt == run.rubric.template.replace("<INSTRUCTION_HERE>", "train").replace(
+        "<RESPONSE_HERE>", "apple"
+    )
+    assert run.ledger.entry("eft/examples")["counts"] == {"rows": 3, "in_eft_eval": 1, "duplicate": 0, "examples": 2}
+    write(own["eft"], judging_rows("other"))
+    with pytest.raises(StaleStage, match=r"config\.seed_data\.eft \(content\) was .* --redo=eft/examples"):
+        take_eft(tmp_path / "run", **own)
+
+
+def test_judging_examples_beside_trees(tmp_path):
+    trees, eft = write(tmp_path / "trees", messages(20)), write(tmp_path / "eft", judging_rows("train"))
+    run = take_eft(tmp_path / "run", trees=trees, eft=eft, rules=RULES)
+    counts = run.ledger.entry("seed")["counts"]
+    assert {name: counts[name] for name in ("ift", "eft_train", "eft_eval")} == {
+        "ift": 10,
+        "eft_train": 0,
+        "eft_eval": 4,
+    }
+    assert len(jsonl.read(run.workdir / "eft" / "examples", Example)) == 1
+
+
+def test_judging_examples_made_from_ranks_are_accepted(tmp_path):
+    trees = write(tmp_path / "trees", messages(20))
+    judging_examples.write_examples(tmp_path / "eft", ranked=None, trees=trees, lang="en", template=None)
+    run = take_eft(tmp_path / "run", trees=trees, eft=tmp_path / "eft", rules=RULES)
+    counts = run.ledger.entry("eft/examples")["counts"]
+    assert counts == {"rows": 40, "in_eft_eval": 8, "duplicate": 0, "examples": 32}
+
+
+def test_judging_examples_that_cannot_be_used_are_named_with_their_field(tmp_path, own):
+    del own["eft_train"]
+    own["eft"] = write(tmp_path / "eft", [judging_rows("a")[0], judging_rows("b")[0] | {"judgement": "fine"}])
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.eft: .*/eft:2: 'judgement' has no score"):
+        checks.check_sources(open_run(tmp_path / "run", **own))
+    write(own["eft"], judging_rows("ask 0"))
+    with pytest.raises(EmptyStage, match=r"^eft/examples: all prompts of config\.seed_data\.eft are in the evaluation"):
+        take_eft(tmp_path / "run", **own)
+
+
+def test_judging_examples_that_do_not_go_together_with_other_sources_are_refused(tmp_path):
+    with pytest.raises(BadConfig, match=r"config\.seed_data\.eft and config\.seed_data\.eft_train are both given"):
+        settings(tmp_path, eft="x", ift="x", eft_train="x", eft_eval="x")
+    with pytest.raises(BadConfig, match=r"config\.seed_data\.eft_eval is not given, and config\.seed_data\.ift is"):
+        settings(tmp_path, eft="x", ift="x")
+    settings(tmp_path, eft="x", ift="x", eft_eval="x")
+    settings(tmp_path, eft="x", trees="x")
