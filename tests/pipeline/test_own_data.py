@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs.base import get_config
+from srlm_jax import judging_examples
 from srlm_jax.pipeline import answering, checks, seeding
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome, StaleStage
 from srlm_jax.pipeline.run import make_run
