@@ -21,14 +21,44 @@ def token_logprobs(
     Args:
       hidden_BTD: final hidden states; `hidden_BTD[:, t]` is what predicts `targets_BT[:, t]`.
       head_DV: output projection.
-      targets_BT: token ids. The shift by one is the caller's.
-      mask_BT: 0 where no log-probability is wanted.
+      targets_BT: token ids. The shift by one is the caller's: `tokens[:, 1:]` are the targets of `hidden[:, :-1]`.
+      mask_BT: 0 where no log-probability is wanted. Hidden states and targets there may hold anything, NaN or -100 too.
       chunk: positions at a time.
 
     Returns:
-      float32 [B, T], in nats; 0 where the mask is 0.
+      float32 [B, T], in nats; 0 where the mask is 0, and NaN where a wanted target is not an id from 0 to V - 1.
+
+    Raises ValueError where two shapes disagree (the message names the axis), targets are not integers, or `chunk` is
+    below 1.
     """
-    return _chunked(hidden_BTD, head_DV, targets_BT, mask_BT, min(chunk, hidden_BTD.shape[1]))
+    _check_rows(hidden_BTD, head_DV, targets_BT, mask_BT, chunk)
+    wanted_BT = mask_BT != 0
+    # Nothing of a position that is not wanted may reach a sum: 0 * NaN is NaN.
+    hidden_BTD = jnp.where(wanted_BT[..., None], hidden_BTD, 0)
+    # An id below 0 would be counted from the vocabulary's end. One past the end gives NaN.
+    targets_BT = jnp.where(wanted_BT, jnp.where(targets_BT < 0, head_DV.shape[1], targets_BT), 0)
+    return _chunked(hidden_BTD, head_DV, targets_BT, mask_BT, max(1, min(chunk, hidden_BTD.shape[1])))
+
+
+def _check_rows(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int
+) -> None:
+    """Shapes are static, so this runs when a program is traced and costs nothing afterwards."""
+    sizes: dict[str, tuple[int, str]] = {}  # of each axis, and the array that had it first
+    arrays = {"hidden_BTD": hidden_BTD, "head_DV": head_DV, "targets_BT": targets_BT, "mask_BT": mask_BT}
+    for name, array in arrays.items():
+        axes = name.partition("_")[2]
+        if array.ndim != len(axes):
+            raise ValueError(f"{name} must have the axes [{', '.join(axes)}], and has shape {array.shape}")
+        for axis, size in zip(axes, array.shape, strict=True):
+            known, where = sizes.setdefault(axis, (size, name))
+            if size != known:
+                advice = ": shift by one, hidden[:, :-1] with tokens[:, 1:]" if axis == "T" else ""
+                raise ValueError(f"axis {axis} is {known} in {where} and {size} in {name}{advice}")
+    if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
+        raise ValueError(f"targets_BT must hold integer token ids, and is {targets_BT.dtype}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 position, not {chunk}")
 
 
 def _logits(hidden_BCD: jax.Array, head_DV: jax.Array) -> jax.Array:
@@ -167,7 +197,16 @@ def dpo_margin(
 
     (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), each log-probability summed over the
     answer's tokens.
+
+    Raises ValueError where the four do not have one shape: [P] and [P, 1] would broadcast to [P, P].
     """
+    arrays = {"rejected_P": rejected_P, "ref_chosen_P": ref_chosen_P, "ref_rejected_P": ref_rejected_P}
+    for name, array in arrays.items():
+        if jnp.shape(array) != jnp.shape(chosen_P):
+            raise ValueError(
+                f"chosen_P has shape {jnp.shape(chosen_P)} and {name} {jnp.shape(array)}: each needs one "
+                "log-probability for each pair [P]"
+            )
     return (chosen_P - ref_chosen_P) - (rejected_P - ref_rejected_P)
 
 
@@ -183,6 +222,8 @@ def dpo_loss(
 
     Returns:
       float [P]: -log sigmoid(beta * margin), which is log 2 where policy and reference agree.
+
+    Raises ValueError as `dpo_margin` does.
     """
     return -jax.nn.log_sigmoid(beta * dpo_margin(chosen_P, rejected_P, ref_chosen_P, ref_rejected_P))
 

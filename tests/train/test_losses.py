@@ -261,6 +261,89 @@ def test_sft_loss_of_an_empty_mask_is_zero_and_has_no_gradient():
 # What a user of the losses alone has to install.
 
 
+# What is refused, and what is ignored.
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"targets": (2, 6)}, "axis T is 7 in hidden_BTD and 6 in targets_BT: shift by one"),
+        ({"mask": (2, 6)}, "axis T is 7 in hidden_BTD and 6 in mask_BT: shift by one"),
+        ({"mask": (2, 1)}, "axis T is 7 in hidden_BTD and 1 in mask_BT"),
+        ({"targets": (1, 7)}, "axis B is 2 in hidden_BTD and 1 in targets_BT"),
+        ({"head": (6, 11)}, "axis D is 5 in hidden_BTD and 6 in head_DV"),
+        ({"head": (1, 5, 11)}, r"head_DV must have the axes \[D, V\], and has shape \(1, 5, 11\)"),
+        ({"hidden": (7, 5)}, r"hidden_BTD must have the axes \[B, T, D\], and has shape \(7, 5\)"),
+        ({"targets": (2, 7, 1)}, r"targets_BT must have the axes \[B, T\]"),
+    ],
+)
+@pytest.mark.parametrize("loss", [losses.token_logprobs, losses.sequence_logprobs, losses.sft_loss])
+def test_shapes_that_disagree_are_refused_by_the_axis(loss, changed, message):
+    arrays = dict(zip(("hidden", "head", "targets", "mask"), projection(), strict=True))
+    arrays |= {name: jnp.ones(shape, arrays[name].dtype) for name, shape in changed.items()}
+    with pytest.raises(ValueError, match=message):
+        loss(*arrays.values(), 4)
+
+
+@pytest.mark.parametrize("chunk", [0, -3])
+def test_a_chunk_without_positions_is_refused(chunk):
+    with pytest.raises(ValueError, match=f"chunk must be at least 1 position, not {chunk}"):
+        losses.token_logprobs(*projection(), chunk)
+
+
+def test_targets_that_are_no_integers_are_refused():
+    hidden, head, targets, mask = projection()
+    with pytest.raises(ValueError, match="integer token ids, and is float32"):
+        losses.token_logprobs(hidden, head, targets.astype(jnp.float32), mask, 4)
+
+
+@pytest.mark.parametrize("place", range(1, 4))
+@pytest.mark.parametrize("shape", [(3, 1), (1,), (2,), ()])
+def test_pairs_of_two_shapes_are_refused(place, shape):
+    arrays = list(random_pairs(3))
+    arrays[place] = jnp.zeros(shape)
+    name = ("chosen_P", "rejected_P", "ref_chosen_P", "ref_rejected_P")[place]
+    for loss in (losses.dpo_margin, lambda *a: losses.dpo_loss(*a, BETA), lambda *a: losses.ipo_loss(*a, BETA)):
+        with pytest.raises(ValueError, match=rf"chosen_P has shape \(3,\) and {name} "):
+            loss(*arrays)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 11, 2**31 - 1])
+@pytest.mark.parametrize("hidden_value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("chunk", [2, 7])
+def test_positions_without_a_loss_may_hold_anything(ignored, hidden_value, chunk):
+    hidden, head, targets, mask = projection()
+    poisoned = jnp.where(mask[..., None] == 0, hidden_value, hidden), head, jnp.where(mask == 0, ignored, targets), mask
+
+    def run(hidden, head, targets, mask):
+        return jax.value_and_grad(losses.sft_loss, argnums=(0, 1))(hidden, head, targets, mask, chunk)
+
+    for wanted, found in zip(
+        jax.tree.leaves(run(hidden, head, targets, mask)), jax.tree.leaves(run(*poisoned)), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 11])
+def test_a_wanted_target_that_is_no_token_is_no_number(target):
+    hidden, head, targets, mask = projection()
+    assert np.isnan(losses.token_logprobs(hidden, head, targets.at[0, 2].set(target), mask, 4)[0, 2])
+
+
+def test_the_losses_may_be_mapped_over_pairs():
+    pairs = random_pairs(3)
+    mapped = jax.vmap(lambda *pair: losses.dpo_loss(*pair, BETA))(*pairs)
+    np.testing.assert_allclose(mapped, losses.dpo_loss(*pairs, BETA), rtol=1e-6)
+
+
+def test_the_readme_shows_code_that_runs():
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    snippet = text[text.index("## As a library") :].split("```python\n")[1].split("```")[0]
+    done = {}
+    exec(compile(snippet, "README.md", "exec"), done)
+    assert done["loss"].shape == () and np.isfinite(done["loss"])
+
+
 def test_the_losses_load_nothing_but_jax_and_numpy():
     code = """
 import sys
