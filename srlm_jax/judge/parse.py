@@ -99,7 +99,8 @@ def parse_vote(text: str, finished: bool) -> Vote:
     A head is "Score:" in upper or lower case, also dressed ("**Score:**", "Total score:", "The score is:",
     "Score (out of 5):"). Which head concludes:
 
-    - The last one that begins a line. A "Total score:" that says something else makes it no vote.
+    - The last one that begins a line. A "Total score:" that says something else makes it no vote; and so does one that
+      stands alone, where the last one goes on in words ("Score: 5 would need more").
     - Where none does: the only one with a number that begins a sentence or an item of a list; where none does either,
       the only one inside a sentence, if nothing follows its number but punctuation.
     - One in a quotation never does; but the last line may be in quotation marks as a whole.
@@ -144,11 +145,14 @@ def _concluding(text: str, finished: bool) -> _Head | NoVote:
     free = [head for head in heads if not head.quoted]
     lines = [h for h in free if h.place is _Place.LINE and (_NUMBER.match(text, h.end) or not h.sentence)]
     if lines:
-        value = _number(text, lines[-1], finished)
-        others = [head for head in lines[:-1] if head.total][-1:] if finished else lines[:-1]
-        contradictions = {_number(text, head, finished) for head in others} - {value, *NoVote}
-        if isinstance(value, NoVote) or not contradictions:
-            return lines[-1]
+        *others, last = lines
+        value = _number(text, last, finished)
+        if finished:
+            loose = not _stands_alone(text, last)
+            others = [head for head in others if head.total or (loose and _stands_alone(text, head))][-1:]
+        others = {_number(text, head, finished) for head in others}
+        if isinstance(value, NoVote) or others <= {value, NoVote.NOT_A_NUMBER, NoVote.UNFINISHED}:
+            return last
         return NoVote.NOT_A_NUMBER if finished else NoVote.UNFINISHED
     if not finished:
         return NoVote.UNFINISHED
@@ -235,15 +239,15 @@ def _is_not_five(scale: str) -> bool:
 
 
 def _stands_alone(text: str, head: _Head) -> bool:
-    """Whether the sentence does not go on in words after the number that follows the head."""
-    after, _ = _after(text, _NUMBER.match(text, head.end).end())
-    return _PROSE.match(text, after) is None
+    """Whether a number follows the head, and the sentence does not go on in words after it."""
+    number = _NUMBER.match(text, head.end)
+    return number is not None and _PROSE.match(text, _after(text, number.end())[0]) is None
 
 
 def _is_last_line(text: str, head: _Head) -> bool:
     """Whether the text ends in a line that begins with the head, and no colon before it announces a quotation."""
     text = text.rstrip()
     start = text.rfind("\n") + 1
-    if head.place is not _Place.LINE or head.start < start or _NUMBER.match(text, head.end) is None:
+    if head.place is not _Place.LINE or head.start < start:
         return False
     return _stands_alone(text, head) and not text[:start].rstrip().endswith((":", "\uff1a"))

@@ -62,7 +62,8 @@ def stages(s: Settings, data: int) -> list[Stage]:
         calls = completions * min(tokens, length) / (room.rows * s.engine.steps)
         return {f"prefill, {stage}": groups / shape.at_once, f"decode, {stage}": calls}
 
-    ranked = s.seed_data.rules.eft_train_prompts * RANKED_ANSWERS / s.responses.samples
+    judged = s.seed_data.rules.eft_train_prompts if s.seed_data.eft is None else 0
+    ranked = judged * RANKED_ANSWERS / s.responses.samples
     evaluated = s.seed_data.rules.eft_eval_prompts * RANKED_ANSWERS / s.responses.samples
     evaluation = Stage("evaluation", sampling("judgements", evaluated, JUDGEMENT, s.judging.max_new_tokens))
     if s.models == 1:

@@ -154,6 +154,7 @@ def test_scores(text, score):
         # Heads that contradict each other, and scores of parts.
         ("Overall Score: 4\n\nRelevance\nScore: 1\n\nUse\nScore: 3", NoVote.NOT_A_NUMBER),
         ("Relevance score: 1\nUse score: 3", NoVote.NOT_A_NUMBER),
+        ("Score: 4\nScore: 5 would need more detail.", NoVote.NOT_A_NUMBER),
         ("1. Relevant. Score: 1 point.\n2. Useful. Score: 1 point.", NoVote.NOT_A_NUMBER),
         # Quotations, and sentences that merely contain the word.
         ('The answer contains the text "Score: 5" and no more.', NoVote.NO_SCORE),
@@ -206,6 +207,7 @@ def test_no_scores(text, reason):
         ("1. Relevant. Score: 1 point.\n2. Useful, as", None, NoVote.UNFINISHED),
         ("Score: 3\nOn reflection.\nScore: 4\nIt", None, NoVote.UNFINISHED),
         ("Score: 3\nThat is:\nScore: 3\nIt", 3, None),
+        ("Score: 9\nThat is:\nScore: 3\nIt", None, NoVote.UNFINISHED),
         ('The answer contains the text "Score: 5" and then', None, NoVote.UNFINISHED),
         ('The answer is "Hello.\nScore: 5\nand', None, NoVote.UNFINISHED),
     ],
