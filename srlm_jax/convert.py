@@ -12,7 +12,7 @@ from etils import epath
 
 from srlm_jax import commandline
 from srlm_jax.errors import BadInput
-from srlm_jax.model import config_files, llama, weights
+from srlm_jax.model import config_files, folders, llama, weights
 from srlm_jax.storage import checkpoint, jsonl
 from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
 
@@ -43,9 +43,7 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         model = weights.load(source, config, jax.tree.map(lambda _: place, llama.abstract(config)))
         carried = config_files.hf_fields(source)
-        for name in config_files.COMPANIONS:
-            if (source / name).exists():
-                (source / name).copy(folder / name)
+        folders.copy_companions(source, folder)
         if to == "native":
             checkpoint.save_model(folder, model, {"config": checkpoint.config_facts(config), "hf": carried})
         else:

@@ -16,7 +16,7 @@ from etils import epath
 from srlm_jax.convert import convert
 from srlm_jax.data import world
 from srlm_jax.data.world_corpus import WorldRules, draw_corpus
-from srlm_jax.model import config_files, llama, sources, weights
+from srlm_jax.model import config_files, folders, llama, sources, weights
 from srlm_jax.storage import checkpoint
 from srlm_jax.text.tokenizer import WordTokenizer
 
@@ -35,7 +35,7 @@ def source(tmp_path, tiny_llama):
     weights.save_hf(epath.Path(folder), tiny_llama, shard_bytes=10**9)
     extra = {"max_position_embeddings": 77, "bos_token_id": 3, "eos_token_id": [4, 5]}
     (folder / "config.json").write_text(json.dumps(config_files.to_hf(tiny_llama.config, extra)))
-    for name in config_files.COMPANIONS:
+    for name in folders.COMPANIONS:
         (folder / name).write_text(f"{{}} {name}")
     (folder / "words.json").write_text(json.dumps([f"word{i}" for i in range(36)]))
     (folder / "secret.txt").write_text("not of the model")
@@ -66,7 +66,7 @@ def test_there_and_back_every_tensor_is_the_same(source, tmp_path, capsys):
     assert len(list(back.glob("model-*.safetensors"))) > 2
     assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     for folder in (native, back):
-        assert all((folder / name).read_text() == (source / name).read_text() for name in config_files.COMPANIONS)
+        assert all((folder / name).read_text() == (source / name).read_text() for name in folders.COMPANIONS)
         assert not (folder / "secret.txt").exists()
     assert capsys.readouterr().out.endswith(f"{back}: 6,736 parameters in float32\n")
     assert not list(tmp_path.rglob("*.partial"))
@@ -188,6 +188,6 @@ def test_an_error_is_one_line(source, tmp_path):
     assert done.returncode == 1
     assert done.stderr == (
         f"error: {source / 'config.json'}: hidden_act is 'relu', which is another model than the Llama built here; "
-        'it can only be "silu"\n'
+        'it can only be "silu" or "swish"\n'
     )
     assert not (tmp_path / "out").exists()

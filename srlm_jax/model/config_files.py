@@ -1,8 +1,8 @@
 """A model's configuration as it stands beside its weights: Hugging Face's config.json, Meta's params.json, or the
 manifest of a checkpoint of this package.
 
-A folder's layout is told by which of these it holds. What a file says is checked field by field: one that would change
-the mathematics, or that nobody here has heard of, is an error and not a model that is slightly wrong.
+Every field of a file is checked. A field that changes the logits is an error unless it says what a Llama does. So is a
+field that is unknown here, unless it is off: null, false or empty. Its model could differ slightly from the one built.
 """
 
 import dataclasses
@@ -11,57 +11,16 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from srlm_jax.errors import UserError
 from srlm_jax.model.config import LlamaConfig, RopeScaling
+from srlm_jax.model.folders import MARKS, BadModelFile, layout_of, listed, read_json
 from srlm_jax.storage import jsonl
 from srlm_jax.text.tokenizer import load_tokenizer
 
-# Layout -> the file that tells it; the first one found counts.
-_MARKS = {"native": "manifest.json", "hf": "config.json", "meta": "params.json"}
 
-# What else belongs to a model, and is copied with it.
-COMPANIONS = (
-    "words.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
-
-
-class BadModelFile(UserError, ValueError):
-    """A file of a model's folder cannot be used; the message names it and what to do."""
-
-
-def layout_of(folder: epath.Path) -> str:
-    """Whose layout a folder has: "native" (this package's), "hf" (Hugging Face's) or "meta".
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      BadModelFile: it holds no model.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder")
-    for layout, mark in _MARKS.items():
-        if (folder / mark).exists():
-            return layout
-    raise BadModelFile(f"{folder} holds no model: none of {', '.join(_MARKS.values())} is there")
-
-
-def read_json(path: epath.Path) -> dict[str, object]:
-    """The object in a JSON file that comes from outside.
-
-    Raises:
-      BadModelFile: it is no JSON object.
-    """
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadModelFile(f"{path} is not JSON ({error}): it is cut short or damaged; copy it again") from error
-    if not isinstance(document, dict):
-        raise BadModelFile(f"{path} must hold an object with fields, not {type(document).__name__}")
-    return document
+def _off(value: object) -> bool:
+    """Whether a field of this value asks for nothing: null, false or empty. A zero does not count: it may be a factor
+    or a position."""
+    return value is None or value is False or value in ("", [], {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +35,7 @@ class _Fields:
         value = self.document.get(name)
         if type(value) is not int and not (kind is float and type(value) is float):
             wanted = "a number" if kind is float else "a whole number"
-            raise BadModelFile(f"{self.where}: {name} must be {wanted}, not {value!r}")
+            raise BadModelFile(f"{self.where}: {name} must be {wanted}, not {value!r:.60}")
         if not 0 < value < 2**63:  # beyond that it may be no float, nor the size of anything
             raise BadModelFile(f"{self.where}: {name} must be more than 0 and less than 2^63, not {value!r:.60}")
         return kind(value)
@@ -86,27 +45,27 @@ class _Fields:
         return otherwise if self.document.get(name) is None else self.positive(name, kind)
 
     def flag(self, name: str) -> bool:
-        """A truth value; False where the field is missing."""
-        value = self.document.get(name, False)
-        if type(value) is not bool:
-            raise BadModelFile(f"{self.where}: {name} must be true or false, not {value!r}")
-        return value
+        """A truth value; False where the field is missing or null."""
+        value = self.document.get(name)
+        if value is not None and type(value) is not bool:
+            raise BadModelFile(f"{self.where}: {name} must be true or false, not {value!r:.60}")
+        return bool(value)
 
     def only(self, values: Mapping[str, tuple]) -> None:
         """Raises unless each of these fields is missing or holds one of its values."""
         for name, allowed in values.items():
             if name in self.document and self.document[name] not in allowed:
                 raise BadModelFile(
-                    f"{self.where}: {name} is {self.document[name]!r}, which is another model than the Llama built "
+                    f"{self.where}: {name} is {self.document[name]!r:.60}, which is another model than the Llama built "
                     f"here; it can only be {' or '.join(json.dumps(value) for value in allowed)}"
                 )
 
     def no_others(self, known: frozenset[str]) -> None:
-        """Raises where there is a field that is not `known`."""
-        if unknown := sorted(self.document.keys() - known):
+        """Raises where there is a field that is neither `known` nor off (null, false or empty)."""
+        if unknown := sorted(name for name in self.document.keys() - known if not _off(self.document[name])):
             raise BadModelFile(
-                f"{self.where}: unknown field {', '.join(unknown)}: it may change the mathematics; remove it only if "
-                "you know that it does not"
+                f"{self.where}: unknown field {listed(unknown, ', ')}: it may change what the model computes; remove "
+                "it only if you know that it does not"
             )
 
     def build(self, **fields: object) -> LlamaConfig:
@@ -131,39 +90,73 @@ _HF_READ = frozenset(_HF_SIZES) | {
     "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"
 }  # fmt: skip
 
-# Each changes the mathematics unless it holds one of these values.
+# Each changes the logits unless it holds one of these values.
 _HF_ONLY = {
     "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1,),
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
     "sliding_window": (None,),
     "partial_rotary_factor": (1.0, None),
-    "rope_interleaved": (False,),
-    "quantization_config": (None,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
+    "rope_interleaved": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "tie_encoder_decoder": (False, None),
     "pruned_heads": ({}, None),
+    # What relatives of Llama have, and a Llama with their fields has in its own measure.
+    "logit_scale": (1.0, None),
+    "logits_scaling": (1.0, None),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    # A Llama has these: false would take something away.
+    "is_causal": (True, None),
+    "use_rope": (True, None),
+    "scale_attn_weights": (True, None),
 }
 
 # Carried from one config.json to another.
 _HF_CARRIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# These say where the file comes from, how to train, how to sample or what to return: not what the logits are.
+# These say where the file comes from, how to train, how to sample, how to split the work or what to return. None
+# changes the logits: `pretraining_tp` cuts a matrix product into parts, and their sum is the same product.
 _HF_HARMLESS = frozenset(_HF_CARRIED) | {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "bad_words_ids",
-    "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-    "initializer_range", "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length",
-    "max_sequence_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
-    "torchscript", "transformers.js_config", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+    "architectures", "attention_dropout", "attn_implementation", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_llama_config",
+    "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length", "model_max_length",
+    "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "prefix", "pretraining_tp", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class",
+    "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "use_bfloat16", "use_cache", "use_flash_attention", "vocab_file",
 }  # fmt: skip
+
+# Beginnings of names that programs give to notes of their own: transformers' private fields (_name_or_path,
+# _attn_implementation), Unsloth's (unsloth_fixed, unsloth_version).
+_HF_NOTES = ("_", "unsloth_")
+
+
+def _check_hf(fields: _Fields) -> None:
+    """Raises where a config.json describes another model, or one that is kept in a form that is not read."""
+    fields.only(_HF_ONLY)
+    document, where = fields.document, fields.where
+    if quantized := document.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        raise BadModelFile(
+            f"{where}: quantization_config: the weights are quantized ({method or 'method unknown'!s:.40}), which is "
+            "not read; give the folder of the model before it was quantized"
+        )
+    code = document.get("auto_map") or {}
+    if not isinstance(code, Mapping) or any(name.startswith("AutoModel") for name in code):
+        raise BadModelFile(
+            f"{where}: auto_map: the model is computed by code in its folder, which is never run; remove the field "
+            "only if you know that this code computes a Llama"
+        )
+    notes = {name for name in document if name.startswith(_HF_NOTES)}
+    fields.no_others(_HF_READ | _HF_ONLY.keys() | _HF_HARMLESS | notes | {"auto_map", "quantization_config"})
 
 
 def from_hf(
@@ -175,8 +168,7 @@ def from_hf(
       BadModelFile: a field is missing, mistyped, unknown, or says that the model is another one than ours.
     """
     fields = _Fields(where, document)
-    fields.only(_HF_ONLY)
-    fields.no_others(_HF_READ | _HF_ONLY.keys() | _HF_HARMLESS)
+    _check_hf(fields)
     D, N = fields.positive("hidden_size", int), fields.positive("num_attention_heads", int)
     if document.get("head_dim") is None and D % N:
         raise BadModelFile(f"{where}: hidden_size {D} is no multiple of num_attention_heads {N}; give head_dim")
@@ -210,7 +202,7 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     where = f"{fields.where}: {given[0]}" if given else fields.where
     table = fields.document[given[0]] if given else {}
     if not isinstance(table, Mapping):
-        raise BadModelFile(f"{where} must hold fields or null, not {table!r}")
+        raise BadModelFile(f"{where} must hold fields or null, not {table!r:.60}")
     rope = _Fields(where, table)
     theta = rope.optional("rope_theta", float, fields.optional("rope_theta", float, 10_000.0))
     if theta != fields.optional("rope_theta", float, theta):
@@ -271,7 +263,7 @@ def to_hf(config: LlamaConfig, carried: Mapping[str, object]) -> dict[str, objec
 def hf_fields(folder: epath.Path) -> dict[str, object]:
     """What a config.json says beyond `LlamaConfig`, as far as this folder knows it: context length, special tokens."""
     layout = layout_of(folder)
-    document = read_json(folder / _MARKS[layout])
+    document = read_json(folder / MARKS[layout])
     if layout == "hf":
         return {name: document[name] for name in _HF_CARRIED if name in document}
     if layout == "native" and isinstance(document.get("hf"), dict):
@@ -295,10 +287,13 @@ def generation_config(carried: Mapping[str, object]) -> dict[str, object]:
 
 _META_READ = frozenset(
     {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
-) | {"rope_theta"}  # fmt: skip
-# With true, Llama 3.1 and 3.2 scale their angles by factors that the file does not hold.
-_META_ONLY = {"use_scaled_rope": (False,)}
+) | {"rope_theta", "use_scaled_rope"}  # fmt: skip
 _META_HARMLESS = frozenset({"max_seq_len", "max_batch_size"})
+
+# What `use_scaled_rope` stands for, as published for Llama 3.1 and 3.3 (8B, 70B, 405B); params.json does not hold it.
+_META_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+# Llama 3.2's two text models (1B, 3B) have a factor of their own. Width and layers tell them.
+_META_FACTORS = {(2048, 16): 32.0, (3072, 28): 32.0}
 
 
 def from_meta(
@@ -317,26 +312,26 @@ def from_meta(
       BadModelFile: a field is missing, mistyped or unknown, or contradicts the weights.
     """
     fields = _Fields(where, document)
-    fields.only(_META_ONLY)
-    fields.no_others(_META_READ | _META_ONLY.keys() | _META_HARMLESS)
+    fields.no_others(_META_READ | _META_HARMLESS)
     if document.get("vocab_size", -1) not in (-1, vocabulary):
-        raise BadModelFile(f"{where}: vocab_size is {document['vocab_size']!r}, and the weights have {vocabulary}")
-    D, N = fields.positive("dim", int), fields.positive("n_heads", int)
+        raise BadModelFile(f"{where}: vocab_size is {document['vocab_size']!r:.60}, and the weights have {vocabulary}")
+    D, L, N = (fields.positive(name, int) for name in ("dim", "n_layers", "n_heads"))
     if D % N:
         raise BadModelFile(f"{where}: dim {D} is no multiple of n_heads {N}")
     # Two thirds of four times the width, as the gated MLP has three matrices instead of two (Shazeer 2020).
     width = int(fields.optional("ffn_dim_multiplier", float, 1.0) * int(2 * 4 * D / 3))
     multiple = fields.positive("multiple_of", int)
+    scaling = dataclasses.replace(_META_SCALING, factor=_META_FACTORS.get((D, L), _META_SCALING.factor))
     return fields.build(
         V=vocabulary,
         D=D,
-        L=fields.positive("n_layers", int),
+        L=L,
         N=N,
         K=fields.optional("n_kv_heads", int, N),
         H=D // N,
         F=-(-width // multiple) * multiple,
         rope_theta=fields.optional("rope_theta", float, 10_000.0),
-        rope_scaling=None,
+        rope_scaling=scaling if fields.flag("use_scaled_rope") else None,
         norm_eps=fields.positive("norm_eps", float),
         tied=tied,
         param_dtype=param_dtype,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from srlm_jax.model.config_files import BadModelFile, read_json
+from srlm_jax.model.folders import BadModelFile, instead_of_weights, is_pointer, listed, read_json
 
 Index = tuple[slice, ...]  # a range of each axis, start and stop given
 
@@ -51,7 +52,7 @@ def safetensors_file(path: epath.Path) -> Tensors:
         with safe_open(os.fspath(path), framework="np"):
             pass  # it checks that the header and the file's length are as they should be
     except (SafetensorError, UnicodeDecodeError) as error:
-        raise BadModelFile(f"{path} is no whole safetensors file ({error}): copy it again") from error
+        raise _not_whole(path, f"{path} is no whole safetensors file ({error!s:.120}): copy it again") from error
     except OSError as error:  # the library's do not name the file
         raise BadModelFile(f"{path} cannot be read: {error}") from error
     with path.open("rb") as file:
@@ -73,6 +74,13 @@ def safetensors_file(path: epath.Path) -> Tensors:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def _not_whole(path: epath.Path, message: str) -> BadModelFile:
+    """The error for a file that cannot be read: `message`, or that it is only a pointer to the file."""
+    if not is_pointer(path):
+        return BadModelFile(message)
+    return BadModelFile(f"{path} is a Git LFS pointer and not the file itself: fetch it with `git lfs pull`")
 
 
 def write_safetensors(path: epath.Path, tensors: Tensors) -> None:
@@ -99,6 +107,8 @@ def write_safetensors(path: epath.Path, tensors: Tensors) -> None:
 def torch_file(path: epath.Path) -> Tensors:
     """The tensors of a file that PyTorch wrote (.bin, .pth), by name; nothing but tensors is unpickled.
 
+    The file is mapped into memory. One of PyTorch before 1.6 is no zip archive and cannot be: it is read whole.
+
     Raises:
       BadModelFile: PyTorch is not installed, or the file holds anything but named tensors, or is damaged.
     """
@@ -109,10 +119,11 @@ def torch_file(path: epath.Path) -> Tensors:
             f"{path} can only be read with PyTorch: pip install torch (or the extra `parity`), or use safetensors files"
         ) from error
     try:
-        loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a pickle can fail in any way; the cause stays attached
         reason = str(error).partition("\n")[0]
-        raise BadModelFile(f"{path} is no whole file of tensors alone ({reason}); nothing else is loaded") from error
+        message = f"{path} is no whole file of tensors alone ({reason:.120}); nothing else is loaded"
+        raise _not_whole(path, message) from error
 
     def plain(tensor: object) -> bool:  # and not sparse, nor without its numbers
         return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
@@ -148,7 +159,8 @@ def hugging_face(folder: epath.Path) -> Tensors:
         if (folder / f"{name}.index.json").exists():
             return _sharded(folder / f"{name}.index.json", open_file)
     names = [name for kind, _ in kinds for name in (kind, f"{kind}.index.json")]
-    raise BadModelFile(f"{folder} holds no weights: none of {', '.join(names)} is there")
+    instead = instead_of_weights(folder) or f"none of {', '.join(names)} is there"
+    raise BadModelFile(f"{folder} holds no weights: {instead}")
 
 
 def _sharded(index: epath.Path, open_file: Callable[[epath.Path], Tensors]) -> Tensors:
@@ -157,14 +169,16 @@ def _sharded(index: epath.Path, open_file: Callable[[epath.Path], Tensors]) -> T
         raise BadModelFile(f"{index}: weight_map must give each tensor's file, by its name alone")
     files = sorted(set(places.values()))
     if missing := [name for name in files if not (index.parent / name).exists()]:
-        raise BadModelFile(f"{index} names files that are missing: {', '.join(missing)}")
+        raise BadModelFile(f"{index} names files that are missing: {listed(missing, ', ')}")
     tensors: Tensors = {}
     for name in files:
         part = open_file(index.parent / name)
         if twice := sorted(part.keys() & tensors.keys()):
-            raise BadModelFile(f"{index.parent / name} holds tensors that an earlier file has too: {', '.join(twice)}")
+            raise BadModelFile(
+                f"{index.parent / name} holds tensors that an earlier file has too: {listed(twice, ', ')}"
+            )
         if lost := sorted(tensor for tensor, place in places.items() if place == name and tensor not in part):
-            raise BadModelFile(f"{index.parent / name} lacks tensors that {index.name} promises: {', '.join(lost)}")
+            raise BadModelFile(f"{index.parent / name} lacks tensors that {index.name} promises: {listed(lost, ', ')}")
         tensors |= part
     return tensors
 
@@ -184,13 +198,33 @@ def meta_shards(folder: epath.Path) -> list[Tensors]:
     files = sorted(path for path in folder.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", path.name))
     wanted = [f"consolidated.{number:02d}.pth" for number in range(max(1, len(files)))]
     if missing := sorted(set(wanted) - {path.name for path in files}):
-        raise BadModelFile(f"{folder} lacks {', '.join(missing)}")
+        raise BadModelFile(f"{folder} lacks {listed(missing, ', ')}")
     shards = [torch_file(path) for path in files]
     names = frozenset().union(*shards)
     for path, shard in zip(files, shards, strict=True):
         if lost := sorted(names - shard.keys()):
-            raise BadModelFile(f"{path} lacks tensors that the other shards have: {', '.join(lost)}")
+            raise BadModelFile(f"{path} lacks tensors that the other shards have: {listed(lost, ', ')}")
     return shards
+
+
+# What torch.compile and FSDP add to a name at each module that they wrap.
+_WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(tensors: Tensors, known: str) -> Tensors:
+    """The tensors without what wrappers of a model add to their names: `module.` (data parallel), `base_model.model.`
+    (PEFT), `_orig_mod.` (torch.compile) and the like.
+
+    Args:
+      known: a tensor that every model has. What stands before its name is taken off, if all names begin with it.
+    """
+    plain = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):  # two of one name: neither can be trusted
+        return tensors
+    prefixes = [name.removesuffix(known) for name in plain if name.endswith(known)]
+    if len(prefixes) != 1 or not all(name.startswith(prefixes[0]) for name in plain):
+        return plain
+    return {name.removeprefix(prefixes[0]): tensor for name, tensor in plain.items()}
 
 
 def _check_local(folder: epath.Path) -> None:

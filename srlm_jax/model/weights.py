@@ -4,6 +4,7 @@ Axes: L layers, V vocabulary, D width, N query heads, K key-value heads, H head 
 """
 
 import dataclasses
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from etils import epath
 
 from srlm_jax.model import config_files, llama, sources
 from srlm_jax.model.config import LlamaConfig
-from srlm_jax.model.config_files import BadModelFile, layout_of, read_json
+from srlm_jax.model.folders import BadModelFile, layout_of, listed, read_json
 from srlm_jax.model.llama import Llama
 from srlm_jax.model.sources import Index, Tensor, Tensors
 from srlm_jax.storage import checkpoint, jsonl
@@ -109,7 +110,7 @@ def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str,
 
 def _meta_vocabulary(folder: epath.Path, params: Mapping[str, object]) -> tuple[int, bool]:
     """What params.json may not say: how many tokens there are, and whether the head is the embedding."""
-    shards = sources.meta_shards(folder)
+    shards = _meta_shards(folder)
     if not all(_EMBEDDING.meta in shard and len(shard[_EMBEDDING.meta].shape) == 2 for shard in shards):
         raise BadModelFile(f"{folder}: {_EMBEDDING.meta} is missing or no matrix")
     rows, columns = shards[0][_EMBEDDING.meta].shape
@@ -132,52 +133,77 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def source_dtype(folder: epath.PathLike, config: LlamaConfig) -> str:
-    """What the weights in a folder are kept in.
+    """The type that most of the parameters in a folder are kept in: what the model is computed in where no other type
+    is chosen. float64 counts as float32. Of two types with as many parameters, the first of float32, bfloat16 and
+    float16 is taken.
 
     Raises:
-      BadModelFile: they cannot be read, are not those of the configuration, or not all of one type.
+      BadModelFile: they cannot be read, or are not those of the configuration.
+      BadCheckpoint: as `checkpoint.check_model`, for a checkpoint of this package.
     """
+    sizes = dict.fromkeys(("float32", "bfloat16", "float16"), 0)
+    for dtype, shape in kept(folder, config).values():
+        sizes["float32" if dtype == "float64" else dtype] += math.prod(shape)
+    return max(sizes, key=sizes.get)
+
+
+def check(folder: epath.PathLike, config: LlamaConfig) -> None:
+    """Refuses weights that `load` would refuse for a name, a shape, a type or a file's length. Their numbers are not
+    read, except where an output head is to be compared with the embedding.
+
+    Raises:
+      BadModelFile, BadCheckpoint: as `load`.
+    """
+    kept(folder, config)
+
+
+def kept(folder: epath.PathLike, config: LlamaConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor that makes the model in a folder, by its name there; raises as `check`."""
     folder = epath.Path(folder)
-    if layout_of(folder) == "native":
-        listed = read_json(folder / "manifest.json").get("weights")
-        entries = listed.items() if isinstance(listed, dict) else ()
-        dtypes = {name: entry.get("dtype") for name, entry in entries if isinstance(entry, dict)}
-    else:
-        dtypes = {name: tensor.dtype for name, tensor in _open(folder, config).items()}
-    first = next(iter(dtypes), None)
-    if other := next((name for name in dtypes if dtypes[name] != dtypes[first]), None):
-        raise BadModelFile(
-            f"{folder}: {first} is {dtypes[first]} and {other} is {dtypes[other]}; choose one type for all weights"
-        )
-    if first is None:
-        raise BadModelFile(f"{folder / 'manifest.json'} lacks the field 'weights'")
-    if dtypes[first] not in ("float32", "float16", "bfloat16"):
-        raise BadModelFile(f"{folder}: the weights are {dtypes[first]}, which is not kept; choose a type for them")
-    return dtypes[first]
+    if layout_of(folder) != "native":
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in _open(folder, config).items()}
+    stored = _stored(folder, config)
+    checkpoint.check_model(folder, stored)
+    return {name: (str(leaf.dtype), leaf.shape) for name, leaf in checkpoint.named_leaves(stored).items()}
+
+
+def _stored(folder: epath.Path, config: LlamaConfig) -> Llama:
+    """The shapes of a checkpoint of this package as `config` says, and the types as its manifest says."""
+    listing = read_json(folder / "manifest.json").get("weights")
+    if not isinstance(listing, dict):
+        raise BadModelFile(f"{folder / 'manifest.json'} lacks the field 'weights': copy the checkpoint again")
+    model = llama.abstract(config)
+
+    def as_kept(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = listing[name].get("dtype") if isinstance(listing.get(name), dict) else None
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if dtype in sources.FLOATS else leaf.dtype)
+
+    leaves = [as_kept(name, leaf) for name, leaf in checkpoint.named_leaves(model).items()]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 def load(folder: epath.PathLike, config: LlamaConfig, shardings: Llama) -> Llama:
-    """The weights in a folder of any of the three layouts, in the configuration's parameter type.
+    """The weights in a folder of any of the three layouts, in the configuration's parameter type, whatever types they
+    are kept in.
 
-    Every host reads what its devices hold and no more. In host memory are, at a time, one device's part of one weight
-    and those tensors of the files that go into it just now; devices that are CPUs keep that memory as their own.
+    Each host reads only what its devices hold. Host memory holds, at a time, one device's part of one weight and the
+    tensors of the files that it is made of; devices that are CPUs keep that memory as their own.
 
     Args:
       shardings: for each weight, where it lives.
 
     Raises:
-      BadModelFile: tensors are missing, unknown or of another shape (all of them are named), a file is damaged, or
-        weights are NaN, infinite or absurdly large in the configuration's type.
+      BadModelFile: tensors are missing, unknown or of another shape (the first of them are named), a file is damaged,
+        or weights are NaN, infinite or absurdly large in the configuration's type.
       BadCheckpoint: as `checkpoint.load_model`, for a checkpoint of this package.
     """
     folder = epath.Path(folder)
     if layout_of(folder) == "native":
-        stored = llama.abstract(dataclasses.replace(config, param_dtype=source_dtype(folder, config)))
-        places = jax.tree.unflatten(jax.tree.structure(stored), jax.tree.leaves(shardings))
-        like = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), stored, places)
-        leaves = jax.tree.leaves(checkpoint.load_model(folder, like))
-        leaves = [leaf.astype(config.param_dtype) for leaf in leaves]
-        model = jax.tree.unflatten(jax.tree.structure(llama.abstract(config)), leaves)
+        stored, places = jax.tree.leaves(_stored(folder, config)), jax.tree.leaves(shardings)
+        like = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to) for x, to in zip(stored, places, strict=True)]
+        structure = jax.tree.structure(llama.abstract(config))
+        leaves = jax.tree.leaves(checkpoint.load_model(folder, jax.tree.unflatten(structure, like)))
+        model = jax.tree.unflatten(structure, [leaf.astype(config.param_dtype) for leaf in leaves])
     else:
         model = assemble(_open(folder, config), layout_of(folder), config, shardings)
     _check_magnitudes(model, layout_of(folder), str(folder))
@@ -200,8 +226,9 @@ def _check_magnitudes(model: Llama, layout: str, where: str) -> None:
             names = [w.ours if layer is None else f"{w.ours}[{layer}]" for layer in layers]
         if damaged := [name for name, fit in zip(names, fits, strict=True) if not fit]:
             raise BadModelFile(
-                f"{where}: {', '.join(damaged)} holds numbers that are no weights in {config.param_dtype} (NaN, "
-                "infinite, or beyond 2^32): the file is damaged, copy it again; or choose a type that has room for them"
+                f"{where}: {listed(damaged, ', ')} holds numbers that are no weights in {config.param_dtype} (NaN, "
+                "infinite, or beyond 2^32): the file is damaged, copy it again; or choose a type that has room for "
+                "them (convert --dtype, config.model.param_dtype)"
             )
 
 
@@ -216,10 +243,15 @@ def _open(folder: epath.Path, config: LlamaConfig) -> Tensors:
     """The checked tensors of a folder that is not of our own layout."""
     layout = layout_of(folder)
     if layout == "hf":
-        return checked(sources.hugging_face(folder), layout, config, str(folder))
-    shards = sources.meta_shards(folder)
+        tensors = sources.unwrapped(sources.hugging_face(folder), _EMBEDDING.hf)
+        return checked(tensors, layout, config, str(folder))
+    shards = _meta_shards(folder)
     tensors = sources.merged(shards, _shapes(_TABLE, layout, config, len(shards[0]), str(folder)))
     return checked(tensors, layout, config, str(folder))
+
+
+def _meta_shards(folder: epath.Path) -> list[Tensors]:
+    return [sources.unwrapped(shard, _EMBEDDING.meta) for shard in sources.meta_shards(folder)]
 
 
 def _shapes(
@@ -239,25 +271,35 @@ def checked(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, whe
     """The tensors that make the model, without what may be there besides.
 
     Raises:
-      BadModelFile: names every tensor that is missing, unknown, of another shape or not of floating-point numbers.
+      BadModelFile: tensors are missing, unknown, of another shape or not of floating-point numbers; the message names
+        three of them, of different kinds if there are several, and says how many more there are.
     """
+    if adapters := [name for name in tensors if ".lora_" in name or ".base_layer." in name]:
+        raise BadModelFile(
+            f"{where}: {min(adapters):.120} belongs to an adapter that is not merged into the weights; merge it (in "
+            "PEFT: merge_and_unload) and save the model again"
+        )
     wanted = _shapes(_table(config), layout, config, len(tensors), where)
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    missing = [f"{name} is missing" for name in wanted if name not in tensors]
+    shapes, types, unknown = [], [], []
     for name, shape in wanted.items():
         if name in tensors and tensors[name].shape != shape:
-            problems.append(f"{name} is {list(tensors[name].shape)}, the configuration says {list(shape)}")
+            found = str(list(tensors[name].shape))
+            shapes.append(f"{name} is {found:.40}, the configuration says {list(shape)}")
         elif name in tensors and tensors[name].dtype not in sources.FLOATS:
-            problems.append(f"{name} holds {tensors[name].dtype}, not floating-point numbers as they are")
+            types.append(f"{name} holds {tensors[name].dtype:.20}, not floating-point numbers as they are")
     (head,), (embedding,) = _OUTPUT.names(layout, config), _EMBEDDING.names(layout, config)
-    for name in tensors.keys() - wanted.keys():
+    for name in sorted(tensors.keys() - wanted.keys()):
         if name.endswith(_IGNORED):
             continue
         if name != head:
-            problems.append(f"{name} is unknown")
+            unknown.append(f"{name:.80} is unknown")
         elif embedding in tensors and not _equal(tensors[head], tensors[embedding]):
-            problems.append(f"{head} differs from {embedding}, and the configuration says that they are tied")
-    if problems:
-        raise BadModelFile(f"{where}: {'; '.join(sorted(problems))}")
+            unknown.append(f"{head} differs from {embedding}, and the configuration says that they are tied")
+    rounds = itertools.zip_longest(missing, shapes, types, unknown)  # the first of each kind, then the second, ...
+    if problems := [problem for turn in rounds for problem in turn if problem is not None]:
+        more = f"; and {len(problems) - 3:,} more" if len(problems) > 3 else ""
+        raise BadModelFile(f"{where}: {'; '.join(problems[:3])}{more}")
     return {name: tensors[name] for name in wanted}
 
 

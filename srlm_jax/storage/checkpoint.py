@@ -78,42 +78,58 @@ def save_model(path: epath.PathLike, model: object, facts: Mapping[str, object])
     return identity
 
 
-def load_model(path: epath.PathLike, like: Tree) -> Tree:
-    """The weights in the folder `path`, into the shapes, dtypes and shardings of `like`.
+_ADVICE = "delete the folder and run the stage that makes it again (see --redo)"
+
+
+def check_model(path: epath.PathLike, like: object) -> str:
+    """Checks, by its manifest alone, that the folder `path` holds weights with the shapes and dtypes of `like`; returns
+    the hash that they must have.
 
     Raises:
-      BadCheckpoint: the folder is missing or unfinished, its weights are damaged (they do not give the manifest's
-        hash), or they are of another shape than `like`; the message names the weight.
+      BadCheckpoint: the folder is missing or unfinished, or its weights are of another shape or dtype than `like`; the
+        message names the weight.
     """
     path = _absolute(path)
-    advice = "delete the folder and run the stage that makes it again (see --redo)"
     try:
         manifest = jsonl.read_json(path / "manifest.json")
     except FileNotFoundError as error:
-        raise BadCheckpoint(f"{path} holds no finished checkpoint: manifest.json is missing; {advice}") from error
+        raise BadCheckpoint(f"{path} holds no finished checkpoint: manifest.json is missing; {_ADVICE}") from error
     except jsonl.BadRecord as error:
-        raise BadCheckpoint(f"{error}; {advice}") from error
+        raise BadCheckpoint(f"{error}; {_ADVICE}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("weights"), dict) or "hash" not in manifest:
-        raise BadCheckpoint(f"{path / 'manifest.json'} lacks the field 'hash' or 'weights'; {advice}")
+        raise BadCheckpoint(f"{path / 'manifest.json'} lacks the field 'hash' or 'weights'; {_ADVICE}")
     wanted = named_leaves(like)
     found = manifest["weights"]
     for name in sorted(wanted.keys() | found.keys()):
         want = None if name not in wanted else {"shape": list(wanted[name].shape), "dtype": str(wanted[name].dtype)}
         if want != found.get(name):
             raise BadCheckpoint(
-                f"{path}: weight {name!r} is {found.get(name, 'missing')}, the model configuration wants "
+                f"{path}: weight {name!r:.80} is {found.get(name, 'missing')!s:.80}, the model configuration wants "
                 f"{want or 'none of that name'}; it is the checkpoint of another model"
             )
+    if not (path / "weights").is_dir():
+        raise BadCheckpoint(f"{path} holds no weights: the folder weights/ is missing; {_ADVICE}")
+    return manifest["hash"]
+
+
+def load_model(path: epath.PathLike, like: Tree) -> Tree:
+    """The weights in the folder `path`, into the shapes, dtypes and shardings of `like`.
+
+    Raises:
+      BadCheckpoint: as `check_model`; or the weights are damaged: they do not give the manifest's hash.
+    """
+    path = _absolute(path)
+    wanted, promised = named_leaves(like), check_model(path, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             weights = checkpointer.restore(path / "weights", wanted)
     except jax.errors.JaxRuntimeError:  # of the devices, or of a process that is gone
         raise
     except Exception as error:  # Orbax and TensorStore raise many types for damaged files; the cause stays attached.
-        raise BadCheckpoint(f"{path / 'weights'} cannot be read, a file is missing or damaged; {advice}") from error
+        raise BadCheckpoint(f"{path / 'weights'} cannot be read, a file is missing or damaged; {_ADVICE}") from error
     model = jax.tree.unflatten(jax.tree.structure(like), [weights[name] for name in wanted])
-    if (identity := model_hash(model)) != manifest["hash"]:
-        raise BadCheckpoint(f"{path}: the weights' hash is {identity}, not {manifest['hash']}: damaged; {advice}")
+    if (identity := model_hash(model)) != promised:
+        raise BadCheckpoint(f"{path}: the weights' hash is {identity}, not {promised!s:.40}: damaged; {_ADVICE}")
     return model
 
 
