@@ -1,6 +1,7 @@
 """`python -m srlm_jax.convert --source=DIR --target=DIR --to=native`: Hugging Face's or Meta's weights as a checkpoint
 of this package; `--to=hf`: the way back."""
 
+import collections
 import contextlib
 import dataclasses
 import uuid
@@ -21,7 +22,7 @@ _SHARD_BYTES = 5 * 10**9
 _SOURCE = flags.DEFINE_string("source", None, "The folder of the model to convert, in any of the layouts.")
 _TARGET = flags.DEFINE_string("target", None, "The folder to make.")
 _TO = flags.DEFINE_enum("to", None, ["hf", "native"], "The layout to make: Hugging Face's, or this package's own.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "As in the source if not given.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "That of most parameters if not given.")
 
 
 def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: str | None, shard_bytes: int) -> None:
@@ -29,7 +30,8 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
 
     Args:
       to: "hf" or "native".
-      dtype: what to keep the weights in; None: what the source keeps them in, and then bit for bit.
+      dtype: what to keep the weights in; None: `weights.source_dtype` of the source. What is in that type there stays
+        the same bit for bit; how many tensors are not is printed.
       shard_bytes: the size of Hugging Face's weight files.
 
     Raises UserError or OSError, and leaves no target then.
@@ -38,7 +40,10 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
     with new_folder(target) as folder:
         config = weights.read_config(source, param_dtype="float32", compute_dtype="float32", remat="dots")
         tokenizer = _tokenizer(source, config.V)
-        dtype = dtype or weights.source_dtype(source, config)
+        others = collections.Counter()
+        if dtype is None:
+            dtype = weights.source_dtype(source, config)
+            others.update(found for found, _ in weights.kept(source, config).values() if found != dtype)
         config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         model = weights.load(source, config, jax.tree.map(lambda _: place, llama.abstract(config)))
@@ -54,8 +59,9 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
             if not (folder / "generation_config.json").exists():
                 jsonl.write_json(folder / "generation_config.json", config_files.generation_config(carried))
     fewer = tokenizer is not None and tokenizer.vocabulary < config.V
+    rounded = "".join(f"; {count:,} tensors were {kind}" for kind, count in sorted(others.items()))
     ids = f"; its tokenizer has {tokenizer.vocabulary:,} of the {config.V:,} ids" if fewer else ""
-    print(f"{target}: {config.parameters:,} parameters in {dtype}{ids}")
+    print(f"{target}: {config.parameters:,} parameters in {dtype}{rounded}{ids}")
 
 
 def _tokenizer(source: epath.Path, V: int) -> Tokenizer | None:

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from srlm_jax.convert import convert
+from srlm_jax.errors import UserError
 from srlm_jax.generate import generate
-from srlm_jax.model import config_files, weights
+from srlm_jax.model import weights
+from srlm_jax.model.folders import BadModelFile
 from srlm_jax.records import SamplingParams
 from srlm_jax.sampling.engine import EngineConfig
 from srlm_jax.storage import checkpoint
@@ -44,24 +46,25 @@ def meta(stories260k, tmp_path):
     return copied(stories260k / "meta", tmp_path / "model")
 
 
-def refusals(folder, dtype=None):
-    """What conversion to either layout and generation say of a model, having made nothing."""
-    prompts = folder.parent / "prompts.jsonl"
+def refusals(folder, dtype=None, inside=None):
+    """What conversion to either layout and generation say of a model, having made nothing `inside` a folder."""
+    inside = inside or folder.parent
+    prompts = inside / "prompts.jsonl"
     prompts.write_text('{"prompt": "Once"}\n')
-    before = sorted(folder.parent.iterdir())
+    before = sorted(inside.iterdir())
     for to in ("hf", "native"):
-        with pytest.raises((ValueError, OSError)) as raised:
-            convert(folder, folder.parent / "made", to=to, dtype=dtype, shard_bytes=10**9)
+        with pytest.raises((UserError, OSError)) as raised:
+            convert(folder, inside / "made", to=to, dtype=dtype, shard_bytes=10**9)
         yield str(raised.value)
     if dtype is None:
-        with pytest.raises((ValueError, OSError)) as raised:
+        with pytest.raises((UserError, OSError)) as raised:
             generate(
-                folder, prompts, folder.parent / "made.jsonl",
+                folder, prompts, inside / "made.jsonl",
                 chat_format="none", params=GREEDY, seed=0, tensor=1, shard_prompts=1,
                 engine=EngineConfig(rows=1, steps=4, weights=None, cache=None),
             )  # fmt: skip
         yield str(raised.value)
-    assert sorted(folder.parent.iterdir()) == before
+    assert sorted(inside.iterdir()) == before
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def test_a_flip_of_the_highest_exponent_bit_is_found_wherever_it_falls(hf):
         damaged = bytearray(data)
         damaged[begin + 4 * rng.randrange((len(data) - begin) // 4) + 3] ^= 0x40
         path.write_bytes(damaged)
-        with pytest.raises(config_files.BadModelFile, match="holds numbers that are no weights"):
+        with pytest.raises(BadModelFile, match="holds numbers that are no weights"):
             weights.load(hf, config, places)
 
 
@@ -136,7 +139,7 @@ def test_a_checkpoint_of_ours_with_a_nan_is_refused_too(tmp_path, tiny_llama):
     leaves[names.index("blocks/up")] = leaves[names.index("blocks/up")].at[1, 0, 0].set(np.nan)
     broken = jax.tree.unflatten(tree, leaves)
     checkpoint.save_model(tmp_path / "m", broken, {"config": checkpoint.config_facts(tiny_llama.config)})
-    with pytest.raises(config_files.BadModelFile, match=r"m: blocks/up\[1\] holds numbers that are no weights"):
+    with pytest.raises(BadModelFile, match=r"m: blocks/up\[1\] holds numbers that are no weights"):
         convert(tmp_path / "m", tmp_path / "made", to="hf", dtype=None, shard_bytes=10**9)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
@@ -207,18 +210,78 @@ def test_eight_bit_floats_are_named_though_they_may_not_be_compared(meta):
         assert "output.weight holds float8_e4m3fn, not floating-point numbers as they are" in message
 
 
+# --- what is no model -------------------------------------------------------------------------------------------------
+
+
+def gone(hf, *, adapter=False, foreign=None):
+    """The model's folder with something else in it."""
+    for path in hf.iterdir():
+        if path.suffix in (".safetensors", ".json") and not (foreign and path.name == "config.json"):
+            path.unlink()
+    if adapter:
+        (hf / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+        (hf / "adapter_model.safetensors").write_bytes(b"x")
+    if foreign:
+        (hf / foreign).write_bytes(b"x")
+    return hf
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, "holds no model: none of manifest.json, config.json, params.json is there"),
+        ({"adapter": True}, "holds no model: it is a LoRA adapter for some/model; merge it into that model"),
+        ({"foreign": "model-q4.gguf"}, "holds no weights: model-q4.gguf is a GGUF file, which is not read"),
+        ({"foreign": "model.onnx"}, "holds no weights: model.onnx is an ONNX file, which is not read"),
+        ({"foreign": "tf_model.h5"}, "holds no weights: tf_model.h5 is a TensorFlow file, which is not read"),
+        ({"foreign": "flax_model.msgpack"}, "holds no weights: flax_model.msgpack is a Flax file, which is not read"),
+    ],
+)
+def test_what_is_no_model_is_told_in_one_short_line(hf, change, problem):
+    folder = gone(hf, **change)
+    for message in refusals(folder):
+        assert message.startswith(f"{folder} {problem}")
+        assert len(message.replace(str(folder), "")) < 300 and "\n" not in message
+
+
+def test_a_folder_one_level_too_high_names_the_right_one(hf, tmp_path):
+    (tmp_path / "high").mkdir()
+    hf.rename(tmp_path / "high" / "model")
+    for message in refusals(tmp_path / "high"):
+        assert (
+            message
+            == f"{tmp_path / 'high'} holds no model: the model is in {tmp_path / 'high' / 'model'}; give that folder"
+        )
+
+
+def test_a_file_of_a_folder_names_the_folder(hf):
+    for message in refusals(hf / "config.json", inside=hf.parent):
+        assert message == f"{hf / 'config.json'} is a file: give the folder of the model, {hf}"
+
+
+def test_three_hundred_missing_tensors_are_a_short_line(hf):
+    path = hf / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 40}))
+    for message in refusals(hf):
+        assert message.endswith("and 312 more") and len(message.replace(str(hf), "")) < 400
+
+
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
-        ("hidden_size", 128, "model.norm.weight is [64], the configuration says [128]"),
-        ("num_hidden_layers", 4, "model.layers.4.mlp.up_proj.weight is unknown"),
-        ("num_hidden_layers", 6, "model.layers.5.mlp.up_proj.weight is missing"),
+        ("hidden_size", 128, "model.embed_tokens.weight is [512, 64], the configuration says [512, 128]"),
+        ("num_hidden_layers", 4, "model.layers.4.input_layernorm.weight is unknown"),
+        ("num_hidden_layers", 6, "model.layers.5.input_layernorm.weight is missing"),
         ("num_hidden_layers", 2**30, "the configuration says 1073741824 layers, and there are only 47 tensors"),
         ("vocab_size", 1024, "model.embed_tokens.weight is [512, 64], the configuration says [1024, 64]"),
-        ("num_key_value_heads", 2, "k_proj.weight is [32, 64], the configuration says [16, 64]"),
+        (
+            "num_key_value_heads",
+            2,
+            "model.layers.0.self_attn.k_proj.weight is [32, 64], the configuration says [16, 64]",
+        ),
         ("intermediate_size", 10**18, "config.json: F is 1000000000000000000: it must be at least 1"),
         ("rms_norm_eps", 10**400, "config.json: rms_norm_eps must be more than 0 and less than 2^63"),
         ("tie_word_embeddings", False, "lm_head.weight is missing"),

@@ -69,7 +69,7 @@ def layout_of(folder: epath.Path) -> str:
                 return layout
         raise BadModelFile(f"{folder} holds no model: {_instead_of_model(folder)}")
     if not folder.exists():
-        raise FileNotFoundError(f"{folder}: there is no such folder{_as_name(folder)}")
+        raise FileNotFoundError(f"{folder}: there is no such folder{hub_hint(folder)}")
     if kind := _FOREIGN.get(folder.suffix):
         raise BadModelFile(
             f"{folder} is {kind}, which is not read: give a folder with config.json and safetensors files"
@@ -77,7 +77,7 @@ def layout_of(folder: epath.Path) -> str:
     raise BadModelFile(f"{folder} is a file: give the folder of the model, {folder.parent}")
 
 
-def _as_name(folder: epath.Path) -> str:
+def hub_hint(folder: epath.Path) -> str:
     """A hint for a path that looks like the name of a model on a hub."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", os.fspath(folder)):
         return ""

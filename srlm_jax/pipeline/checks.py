@@ -6,7 +6,7 @@ Nothing is written and no stage is removed until all of it has passed.
 from etils import epath
 
 from srlm_jax.judge import rubric as rubrics
-from srlm_jax.model import llama, weights
+from srlm_jax.model import folders, llama, weights
 from srlm_jax.parallel import rules
 from srlm_jax.pipeline import answering, evaluation, report, seeding
 from srlm_jax.pipeline.endpoint import EndpointGenerate
@@ -26,7 +26,21 @@ def check(run: Run) -> None:
     report.template()
     check_lengths(run)
     check_sources(run)
+    check_model(run)
     check_writer(run)
+
+
+def check_model(run: Run) -> None:
+    """Refuses weights in config.model.path that could not be loaded, as far as the headers of their files tell. Once M0
+    has been made of them they are not needed.
+
+    Raises:
+      BadConfig: says what is wrong with them.
+    """
+    path = run.settings.model.path
+    if path is not None and not (run.workdir / "m0" / "checkpoint" / "manifest.json").exists():
+        with naming("config.model.path"):
+            weights.check(path, run.settings.model.llama)
 
 
 def check_sources(run: Run) -> None:
@@ -70,9 +84,10 @@ def check_writer(run: Run) -> None:
         if writer is None or not epath.Path(writer).exists():
             raise BadConfig(
                 f"{writer!r} is neither 'current', nor a model that every round finds (m0, sft, m1), nor a folder"
+                + ("" if writer is None else folders.hub_hint(epath.Path(writer)))
             )
         sizes = weights.read_config(writer, param_dtype="float32", compute_dtype="float32", remat="dots")
-        weights.source_dtype(writer, sizes)  # which opens its files
+        weights.check(writer, sizes)
         rules.model_shardings(run.sample_mesh, rules.SAMPLE, llama.abstract(sizes))
         check_vocabulary(load_tokenizer(writer), sizes.V)
 

@@ -29,7 +29,7 @@ from srlm_jax.records import Completion, Generate, Request, SamplingParams
 from srlm_jax.sampling import engine
 from srlm_jax.sampling.engine import Work
 from srlm_jax.storage import checkpoint, jsonl, rows
-from srlm_jax.text.chat import FORMATS, ChatFormat, encode_prompt
+from srlm_jax.text.chat import FORMATS, PLAIN, ChatFormat, encode_prompt
 from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
 
 Item = TypeVar("Item")
@@ -150,11 +150,12 @@ class Run:
         )
 
     def generate_with(self, folder: epath.Path, stage: str) -> Generate:
-        """A model from elsewhere as a source of completions, with its own tokenizer."""
+        """A model from elsewhere that continues texts, with its own tokenizer. It is asked in no chat, so it need not
+        know the marks of this run's format."""
         return open_model(
             folder,
             self.sample_mesh,
-            chat_format=self.chat,
+            chat_format=PLAIN,
             config=self.settings.engine,
             key=stage_key(self.settings.seed, stage),
         )
@@ -254,7 +255,8 @@ def make_run(settings: Settings, code: str) -> Run:
     `open_workdir`.
 
     Raises:
-      BadConfig: there is no such model, or it cannot be used; it has fewer token ids than its tokenizer.
+      BadConfig: there is no such model, or its weights or tokenizer cannot be used, as far as that is seen without
+        reading all numbers; the same for the folder in config.self_instruction.generator.
       EndpointError, MissingExtra: a server cannot be asked.
       BadInput: the mesh does not fit the devices, or they cannot share a batch.
     """

@@ -11,7 +11,7 @@ from etils import epath
 from srlm_jax.data import batches
 from srlm_jax.data.batches import PairRow, Row, TokenBatch
 from srlm_jax.data.packing import Packing, Shape, pack
-from srlm_jax.model import config_files, llama, weights
+from srlm_jax.model import config_files, folders, llama, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline.generate import stage_key, words_32
@@ -75,6 +75,8 @@ def _save(run: Run, name: str, model: Llama) -> str:
     folder = run.workdir / name / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     if hosts.is_main():
+        if not run.embedded:
+            folders.copy_companions(epath.Path(run.settings.model.path), folder)
         run.tokenizer.save(folder)
     facts = {"config": checkpoint.config_facts(run.settings.model.llama)}
     if not run.embedded:

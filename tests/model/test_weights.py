@@ -14,7 +14,7 @@ from etils import epath
 
 from srlm_jax.model import config_files, llama, sources, weights
 from srlm_jax.model.config import RopeScaling
-from srlm_jax.model.config_files import BadModelFile
+from srlm_jax.model.folders import BadModelFile
 from srlm_jax.model.sources import Tensor
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape, train_mesh
@@ -211,6 +211,23 @@ def test_model_parallel_shards_are_merged(make_llama, tmp_path, shards, axis):
 
 
 @pytest.mark.parity
+def test_meta_s_scaled_angles_and_wrapped_names_are_read(make_llama, tmp_path):
+    import torch
+
+    model = make_llama(H=4)
+    folder = as_meta(model, tmp_path / "meta", 2, 1)
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps(params | {"use_scaled_rope": True}))
+    for path in folder.glob("*.pth"):
+        part = torch.load(path, weights_only=True)
+        torch.save({f"module.{name}": tensor for name, tensor in part.items()}, path)
+    loaded = load(folder)
+    published = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    assert loaded.config == dataclasses.replace(model.config, rope_scaling=published)
+    assert_same(loaded, model)
+
+
+@pytest.mark.parity
 def test_meta_s_bfloat16_is_kept(make_llama, tmp_path):
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_llama(H=4))
     folder = as_meta(model, tmp_path / "meta", 2, 1)
@@ -353,25 +370,100 @@ def test_bfloat16_comes_and_goes_bit_for_bit(tiny_llama, tmp_path):
     assert_same(load(folder, param_dtype="bfloat16"), half)
 
 
-def test_several_types_ask_for_a_choice(folder, tiny_llama):
+def in_type(tensor, dtype):
+    return Tensor(tensor.shape, dtype, lambda index: tensor.read(index).astype(jnp.dtype(dtype)))
+
+
+@pytest.mark.parametrize("most", ["bfloat16", "float16", "float32"])
+def test_of_several_types_that_of_most_parameters_is_computed_in_and_all_are_loaded(folder, tiny_llama, most):
     tensors = weights.hf_tensors(tiny_llama)
-    norm = tensors["model.norm.weight"]
-    half = Tensor(norm.shape, "bfloat16", lambda index: norm.read(index).astype(jnp.bfloat16))
-    sources.write_safetensors(folder / "model.safetensors", tensors | {"model.norm.weight": half})
-    with pytest.raises(BadModelFile, match=r"is float32 and model.norm.weight is bfloat16; choose one type for all"):
-        weights.source_dtype(folder, tiny_llama.config)
-    np.testing.assert_allclose(load(folder).norm[...], tiny_llama.norm[...], rtol=1e-2)
+    few = "float32" if most != "float32" else "bfloat16"
+    mixed = {name: in_type(t, few if "norm" in name else most) for name, t in tensors.items()}
+    sources.write_safetensors(folder / "model.safetensors", mixed)
+    assert weights.source_dtype(folder, tiny_llama.config) == most
+    kept = weights.kept(folder, tiny_llama.config)
+    assert kept["model.norm.weight"] == (few, (16,)) and kept["lm_head.weight"] == (most, (40, 16))
+    loaded = checkpoint.named_leaves(load(folder))
+    for name, leaf in checkpoint.named_leaves(tiny_llama).items():
+        wanted = np.asarray(leaf).astype(few if "norm" in name else most).astype("float32")
+        np.testing.assert_array_equal(loaded[name], wanted)
+    for leaf in jax.tree.leaves(load(folder, param_dtype=most)):
+        assert leaf.dtype == most
 
 
-def test_a_type_that_is_not_kept_asks_for_a_choice(folder, tiny_llama):
-    wide = {
-        name: Tensor(t.shape, "float64", lambda index, t=t: t.read(index).astype(np.float64))
-        for name, t in weights.hf_tensors(tiny_llama).items()
-    }
+def test_parameters_are_counted_and_not_tensors(folder, tiny_llama):
+    tensors = weights.hf_tensors(tiny_llama)  # 6,736 numbers; the embedding and the head are 1,280 of them
+    large = {"model.embed_tokens.weight", "lm_head.weight", *(name for name in tensors if "mlp" in name)}
+    mixed = {name: in_type(t, "bfloat16") if name in large else t for name, t in tensors.items()}
+    assert len(large) < len(tensors) / 2
+    sources.write_safetensors(folder / "model.safetensors", mixed)
+    assert weights.source_dtype(folder, tiny_llama.config) == "bfloat16"
+
+
+def test_double_precision_is_computed_in_single(folder, tiny_llama):
+    wide = {name: in_type(t, "float64") for name, t in weights.hf_tensors(tiny_llama).items()}
     sources.write_safetensors(folder / "model.safetensors", wide)
-    with pytest.raises(BadModelFile, match=r"the weights are float64, which is not kept; choose a type for them"):
-        weights.source_dtype(folder, tiny_llama.config)
+    assert weights.source_dtype(folder, tiny_llama.config) == "float32"
     assert_same(load(folder), tiny_llama)
+
+
+def test_a_checkpoint_of_this_package_may_hold_several_types(tiny_llama, tmp_path):
+    paths = jax.tree_util.tree_leaves_with_path(tiny_llama)
+    leaves = [leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(jnp.bfloat16) for path, leaf in paths]
+    mixed = jax.tree.unflatten(jax.tree.structure(tiny_llama), leaves)
+    checkpoint.save_model(tmp_path / "m", mixed, {"config": checkpoint.config_facts(tiny_llama.config)})
+    assert weights.source_dtype(tmp_path / "m", tiny_llama.config) == "bfloat16"
+    for name, leaf in checkpoint.named_leaves(load(tmp_path / "m")).items():
+        assert leaf.dtype == "float32"
+        np.testing.assert_array_equal(leaf, checkpoint.named_leaves(mixed)[name].astype("float32"))
+
+
+# --- names that wrappers change ---------------------------------------------------------------------------------------
+
+
+def renamed(folder, tiny_llama, rename):
+    rewrite(folder, {rename(name): tensor for name, tensor in weights.hf_tensors(tiny_llama).items()})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"module._orig_mod.base_model.model.{name}",
+        lambda name: f"policy.{name}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('.mlp', '._checkpoint_wrapped_module.mlp')}",
+    ],
+    ids=["data parallel", "compiled", "PEFT", "all three", "a name of one's own", "compiled by layer", "FSDP"],
+)
+def test_what_wrappers_add_to_names_is_taken_off(folder, tiny_llama, rename):
+    assert_same(load(renamed(folder, tiny_llama, rename)), tiny_llama)
+
+
+def test_a_wrapper_around_a_part_is_not_guessed_at(folder, tiny_llama):
+    renamed(folder, tiny_llama, lambda name: name if "head" in name else f"module.{name}")
+    with pytest.raises(BadModelFile, match=r"model.embed_tokens.weight is missing; module.model.embed_tokens.weight"):
+        load(folder)
+    twice = {f"_orig_mod.{name}": tensor for name, tensor in weights.hf_tensors(tiny_llama).items()}
+    rewrite(folder, weights.hf_tensors(tiny_llama) | twice)
+    with pytest.raises(BadModelFile, match=r"_orig_mod.lm_head.weight is unknown"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "part", ["lora_A.default.weight", "lora_B.weight", "lora_magnitude_vector", "base_layer.weight"]
+)
+def test_an_adapter_beside_the_weights_is_named(folder, tiny_llama, part):
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in weights.hf_tensors(tiny_llama).items()}
+    name = f"base_model.model.model.layers.0.self_attn.q_proj.{part}"
+    rewrite(folder, tensors | {name: tensors["base_model.model.model.norm.weight"]})
+    with pytest.raises(
+        BadModelFile, match=rf"q_proj.{part} belongs to an adapter that is not merged.*merge_and_unload"
+    ):
+        load(folder)
 
 
 # --- our own layout ---------------------------------------------------------------------------------------------------
@@ -398,7 +490,7 @@ def rewrite(folder, tensors):
     sources.write_safetensors(folder / "model.safetensors", tensors)
 
 
-def test_every_missing_unknown_and_misshapen_tensor_is_named_at_once(folder, tiny_llama):
+def test_of_missing_unknown_and_misshapen_tensors_one_each_is_named(folder, tiny_llama):
     tensors = weights.hf_tensors(tiny_llama)
     tensors["model.layers.0.mlp.bias"] = tensors["model.norm.weight"]
     tensors["model.norm.weight"] = tensors["model.embed_tokens.weight"]
@@ -407,9 +499,8 @@ def test_every_missing_unknown_and_misshapen_tensor_is_named_at_once(folder, tin
     with pytest.raises(BadModelFile) as raised:
         load(folder)
     assert str(raised.value) == (
-        f"{folder}: lm_head.weight is missing; model.layers.0.mlp.bias is unknown; "
-        "model.layers.1.self_attn.q_proj.weight is missing; "
-        "model.norm.weight is [40, 16], the configuration says [16]"
+        f"{folder}: model.layers.1.self_attn.q_proj.weight is missing; "
+        "model.norm.weight is [40, 16], the configuration says [16]; model.layers.0.mlp.bias is unknown; and 1 more"
     )
 
 
@@ -417,12 +508,47 @@ def test_a_configuration_that_lies_about_shapes_is_found_out_before_anything_is_
     reads = []
     tensors = counted(weights.hf_tensors(tiny_llama), reads)
     config = dataclasses.replace(tiny_llama.config, F=32, L=3)
-    with pytest.raises(
-        BadModelFile, match=r"up_proj.weight is \[24, 16\], the configuration says \[32, 16\]"
-    ) as raised:
+    with pytest.raises(BadModelFile) as raised:
         weights.checked(tensors, "hf", config, "folder")
-    assert str(raised.value).count("model.layers.2.") == 9  # a layer that is not there
+    assert str(raised.value) == (  # of a layer that is not there 9 tensors, and 3 x 2 that are narrower
+        "folder: model.layers.2.input_layernorm.weight is missing; "
+        "model.layers.0.mlp.gate_proj.weight is [24, 16], the configuration says [32, 16]; "
+        "model.layers.2.self_attn.q_proj.weight is missing; and 12 more"
+    )
     assert not reads
+
+
+def test_many_problems_are_three_and_a_count(tiny_llama):
+    tensors = weights.hf_tensors(tiny_llama)
+    norm = tensors["model.norm.weight"]
+    config = dataclasses.replace(tiny_llama.config, L=40)
+    others = {f"model.layers.{i}.{'x' * 300}": norm for i in range(300)}
+    with pytest.raises(BadModelFile) as raised:
+        weights.checked(tensors | others, "hf", config, "folder")
+    assert str(raised.value).endswith(f"; and {38 * 9 + 300 - 3} more") and len(str(raised.value)) < 400
+    with pytest.raises(BadModelFile) as raised:
+        weights.checked(tensors | {str(i): norm for i in range(400)}, "hf", config, "folder")
+    assert str(raised.value).count("is missing") == 2
+
+
+@pytest.mark.parametrize("layout", ["hf", "native"])
+def test_what_cannot_load_is_found_without_reading_it(tiny_llama, tmp_path, monkeypatch, layout):
+    if layout == "hf":
+        folder = save(tmp_path / "m", tiny_llama)
+        monkeypatch.setattr(np, "memmap", None)
+    else:
+        folder, facts = epath.Path(tmp_path / "m"), {"config": checkpoint.config_facts(tiny_llama.config)}
+        checkpoint.save_model(folder, tiny_llama, facts)
+        monkeypatch.setattr(checkpoint.ocp, "StandardCheckpointer", None)
+    weights.check(folder, tiny_llama.config)
+    with pytest.raises(ValueError, match=r"(mlp.gate_proj.weight is \[24, 16\]|'blocks/down' is .*24, 16\])"):
+        weights.check(folder, dataclasses.replace(tiny_llama.config, F=32))
+    if layout == "hf":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    else:
+        (folder / "weights").rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match=r"is no whole safetensors file|holds no weights: the folder weights/ is miss"):
+        weights.check(folder, tiny_llama.config)
 
 
 def test_rotary_frequencies_of_older_files_are_passed_over(folder, tiny_llama):
@@ -456,6 +582,14 @@ def test_a_safetensors_file_that_was_cut_short_is_named(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(BadModelFile, match=r"model.safetensors is no whole safetensors file \(.*\): copy it again"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", pytest.param("pytorch_model.bin", marks=pytest.mark.parity)])
+def test_a_pointer_in_place_of_a_large_file_is_named(folder, name):
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 99\n")
+    with pytest.raises(BadModelFile, match=rf"{name} is a Git LFS pointer and not the file itself: fetch it with `git"):
         load(folder)
 
 
@@ -525,6 +659,30 @@ def test_a_pickle_that_is_not_tensors_alone_is_never_unpickled(folder, tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BadModelFile, match=r"pytorch_model.bin is no whole file of tensors alone"):
         load(folder)
+
+
+@pytest.mark.parity
+def test_a_file_of_an_old_pytorch_is_read_as_safely_as_a_new_one(folder, tiny_llama, tmp_path):
+    import torch
+
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").write_text, ("x",))
+
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    tensors = {name: torch.tensor(t.whole()) for name, t in weights.hf_tensors(tiny_llama).items()}
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    assert path.read_bytes()[:2] != b"PK"
+    assert_same(load(folder), tiny_llama)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(BadModelFile, match=r"pytorch_model.bin is no whole file of tensors alone"):
+        load(folder)
+    torch.save(tensors | {"a": Trap()}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(BadModelFile, match=r"is no whole file of tensors alone \(.*\); nothing else") as raised:
+        load(folder)
+    assert not (tmp_path / "sprung").exists() and len(str(raised.value)) < 400
 
 
 def test_without_pytorch_its_files_name_what_to_install(folder, monkeypatch):
