@@ -124,6 +124,40 @@ def test_the_type_is_kept_unless_another_is_asked_for(source, tmp_path):
     assert_same_tensors(run(native, tmp_path / "back", "hf"), half)
 
 
+@pytest.mark.parametrize("to", ["hf", "native"])
+def test_of_several_types_that_of_most_parameters_is_kept_and_the_others_are_counted(source, tmp_path, capsys, to):
+    mixed = {}
+    for name, tensor in sources.hugging_face(epath.Path(source)).items():
+        dtype = "float32" if "norm" in name else "bfloat16"
+        mixed[name] = sources.Tensor(tensor.shape, dtype, lambda i, t=tensor, d=dtype: t.read(i).astype(jnp.dtype(d)))
+    sources.write_safetensors(source / "mixed", mixed)
+    (source / "mixed").rename(source / "model.safetensors")
+    run(source, tmp_path / "made", to)
+    assert capsys.readouterr().out == f"{tmp_path / 'made'}: 6,736 parameters in bfloat16; 5 tensors were float32\n"
+    run(source, tmp_path / "wide", "hf", dtype="float32")
+    assert {dtype for dtype, _ in tensors(tmp_path / "wide").values()} == {"float32"}
+    assert_same_tensors(run(tmp_path / "made", tmp_path / "back", "hf"), run(source, tmp_path / "half", "hf"))
+
+
+@pytest.mark.parity
+def test_the_chat_template_comes_along_in_whichever_file_it_is(stories260k, tmp_path):
+    import transformers
+
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    source = tmp_path / "source"
+    transformers.AutoModelForCausalLM.from_pretrained(stories260k / "hf").save_pretrained(source)
+    WordTokenizer(world.vocabulary()).save_hf(epath.Path(source))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps(json.loads((source / "tokenizer_config.json").read_text()) | {"model_max_length": 99})
+    )
+    (source / "chat_template.jinja").write_text(template)
+    back = run(run(source, tmp_path / "native", "native"), tmp_path / "back", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(back)
+    assert (theirs.chat_template, theirs.model_max_length) == (template, 99)
+    said = theirs.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert said == "<user>hello"
+
+
 @pytest.mark.parity
 def test_a_real_model_from_either_layout_is_the_same_to_transformers(stories260k, tmp_path):
     import torch

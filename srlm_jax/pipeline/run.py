@@ -255,8 +255,7 @@ def make_run(settings: Settings, code: str) -> Run:
     `open_workdir`.
 
     Raises:
-      BadConfig: there is no such model, or its weights or tokenizer cannot be used, as far as that is seen without
-        reading all numbers; the same for the folder in config.self_instruction.generator.
+      BadConfig: there is no such model, or it cannot be used; it has fewer token ids than its tokenizer.
       EndpointError, MissingExtra: a server cannot be asked.
       BadInput: the mesh does not fit the devices, or they cannot share a batch.
     """

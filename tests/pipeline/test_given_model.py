@@ -1,6 +1,7 @@
 """Runs from a Llama's folder: what they take from it, what they ask for besides, and the whole algorithm on a real
 model of stories, with a server for its mouth."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,8 +16,9 @@ from completions_server import Server, serving
 from etils import epath
 
 from configs.base import SCALES, get_config
+from srlm_jax.convert import convert
 from srlm_jax.judge.rubric import paper_rubric
-from srlm_jax.model import config_files, llama, weights
+from srlm_jax.model import config_files, llama, sources, weights
 from srlm_jax.parallel import rules
 from srlm_jax.pipeline import answering, checks, evaluation, judging, seeding, training
 from srlm_jax.pipeline.endpoint import EndpointError, EndpointGenerate
@@ -153,6 +155,25 @@ def test_m0_is_the_folder_s_model_with_all_that_other_commands_need(config, stor
     assert (m0 / "tokenizer.model").read_bytes() == (stories260k / "hf" / "tokenizer.model").read_bytes()
 
 
+def test_every_checkpoint_has_what_stands_beside_the_weights_and_nothing_else(config, stories260k, tmp_path):
+    copy = copied(stories260k / "hf", tmp_path / "model")
+    beside = {"chat_template.jinja": "{{ x }}", "added_tokens.json": "{}", "special_tokens_map.json": "{}"}
+    beside |= {"generation_config.json": '{"top_k": 3}'}
+    for name, text in (beside | {"modeling_x.py": "", "secret.txt": ""}).items():
+        (copy / name).write_text(text)
+    run = open_run(config(model__path=str(copy)))
+    training.make_base(run)
+    identity = training._save(run, "m1", run.to_train("m0"))
+    assert identity == json.loads((tmp_path / "run" / "m1" / "checkpoint" / "manifest.json").read_text())["hash"]
+    for name in ("m0", "m1"):
+        folder = tmp_path / "run" / name / "checkpoint"
+        assert not beside.keys() - {path.name for path in folder.iterdir()}
+        assert (folder / "generation_config.json").read_text() == beside["generation_config.json"]
+        assert not (folder / "modeling_x.py").exists() and not (folder / "secret.txt").exists()
+    convert(tmp_path / "run" / "m1" / "checkpoint", tmp_path / "out", to="hf", dtype=None, shard_bytes=10**9)
+    assert not beside.keys() - {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_m0_is_taken_once(config, stories260k, tmp_path):
     training.make_base(open_run(config()))
     written = (tmp_path / "run" / "m0" / "checkpoint" / "manifest.json").stat().st_mtime_ns
@@ -167,9 +188,24 @@ def test_a_damaged_folder_is_named_by_its_field_and_leaves_no_model(config, stor
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
     run = open_run(config(model__path=str(copy)))
-    with pytest.raises(BadConfig, match=r"^config\.model\.path: .*model\.safetensors"):
+    with pytest.raises(BadConfig, match=r"^config\.model\.path: .*model\.safetensors is no whole safetensors file"):
+        checks.check(run)
+    assert not (tmp_path / "run").exists()
+    (copy / "model.safetensors").write_bytes(data[:-4] + b"\xff\xff\xff\x7f")  # a NaN, which is seen by reading alone
+    run = open_run(config(model__path=str(copy)))
+    checks.check(run)
+    with pytest.raises(BadConfig, match=r"^config\.model\.path: .* holds numbers that are no weights"):
         training.make_base(run)
     assert not (tmp_path / "run" / "m0").exists()
+
+
+def test_the_folder_s_weights_are_not_needed_once_m0_is_there(config, stories260k, tmp_path):
+    copy = copied(stories260k / "hf", tmp_path / "model")
+    training.make_base(open_run(config(model__path=str(copy))))
+    (copy / "model.safetensors").unlink()
+    run = open_run(config(model__path=str(copy)))
+    checks.check(run)
+    training.make_base(run)
 
 
 # --- what has to be given ---------------------------------------------------------------------------------------------
@@ -231,11 +267,31 @@ def test_too_few_short_human_prompts_are_missed_before_anything_is_trained(confi
         seeding.split_seed(run)
 
 
-def test_a_generator_that_cannot_be_read_is_missed_before_anything_is_trained(config, tmp_path):
+def test_a_generator_that_cannot_be_read_is_missed_before_anything_is_made(
+    config, stories260k, llama2_folder, tmp_path
+):
     (tmp_path / "empty").mkdir()
-    run = open_run(config(self_instruction__generator=str(tmp_path / "empty")))
-    with pytest.raises(BadConfig, match=r"^config\.self_instruction\.generator: .*empty holds no model"):
-        checks.check(run)
+    cut, short, odd, other = (copied(stories260k / "hf", tmp_path / name) for name in ("cut", "short", "odd", "other"))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
+    numbers = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(numbers | {"num_hidden_layers": 6}))
+    (odd / "config.json").write_text(json.dumps(numbers | {"model_type": "mistral"}))
+    (other / "tokenizer.model").write_bytes((llama2_folder / "tokenizer.model").read_bytes())
+    for writer, problem in (
+        (tmp_path / "empty", r".*empty holds no model"),
+        (cut, r".*model\.safetensors is no whole safetensors file"),
+        (short, r".*model\.layers\.5\.input_layernorm\.weight is missing.* and 6 more"),
+        (odd, r".*model_type is 'mistral', which is another model"),
+        (other, r"the tokenizer has 32000 ids and the model 512"),
+        ("some/model", r".*'some/model' is neither 'current', .*, nor a folder; if it is the name of a model on a hub"),
+    ):
+        run = open_run(config(self_instruction__generator=str(writer)))
+        with pytest.raises(BadConfig, match=rf"^config\.self_instruction\.generator: {problem}") as raised:
+            checks.check(run)
+        assert len(str(raised.value).replace(str(tmp_path), "")) < 400
+        assert not (tmp_path / "run").exists()
+    # Where nobody asks it, it need not be there.
+    checks.check(open_run(config(models=1, self_instruction__generator=str(cut))))
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
@@ -271,6 +327,36 @@ def test_a_writer_from_elsewhere_speaks_with_its_own_weights_and_tokenizer(confi
     training.make_base(run)
     requests = [Request(id="a", prompts=("Once upon a time",), chat=False)]
     assert writer(requests, GREEDY, print) == run.generate("m0", "other")(requests, GREEDY, print)
+
+
+def mixed(folder):
+    """The model in a folder with its norms in float32 and the rest in bfloat16."""
+    found = {}
+    for name, tensor in sources.hugging_face(epath.Path(folder)).items():
+        dtype = "float32" if "norm" in name else "bfloat16"
+        numbers = tensor.whole().astype(jax.numpy.dtype(dtype))
+        found[name] = sources.Tensor(tensor.shape, dtype, lambda index, numbers=numbers: numbers[index])
+    sources.write_safetensors(folder / "model.safetensors", found)
+    return folder
+
+
+def test_a_writer_of_several_types_computes_in_that_of_most_parameters(config, stories260k, tmp_path):
+    folder = mixed(copied(stories260k / "hf", tmp_path / "model"))
+    run = open_run(config(self_instruction__generator=str(folder), model__path=str(folder)))
+    writer = answering._prompt_writer(run, "m1", "m2/prompts")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(writer.model)} == {"bfloat16"}
+    assert writer.model.config.compute_dtype == "bfloat16"
+    ((completions,),) = writer([Request(id="a", prompts=("Once upon a time",), chat=False)], GREEDY, print)
+    assert completions[0].text
+    training.make_base(run)  # in config.model.param_dtype, as every model that is trained
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(run.to_train("m0"))} == {"float32"}
+
+
+def test_a_writer_need_not_know_the_marks_of_this_run_s_chat_format(config, stories260k):
+    run = open_run(config(self_instruction__generator=str(stories260k / "hf")))
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, chat="chatml"))
+    writer = answering._prompt_writer(run, "m1", "m2/prompts")
+    assert writer([Request(id="a", prompts=("Once upon a time",), chat=False)], GREEDY, print)
 
 
 def test_a_server_stands_in_for_the_writer_alone(config, server):
