@@ -146,7 +146,9 @@ def test_the_chat_template_comes_along_in_whichever_file_it_is(stories260k, tmp_
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     source = tmp_path / "source"
     transformers.AutoModelForCausalLM.from_pretrained(stories260k / "hf").save_pretrained(source)
-    WordTokenizer(world.vocabulary()).save_hf(epath.Path(source))
+    words = WordTokenizer(world.vocabulary())
+    words.save(epath.Path(source))
+    words.save_hf(epath.Path(source))
     (source / "tokenizer_config.json").write_text(
         json.dumps(json.loads((source / "tokenizer_config.json").read_text()) | {"model_max_length": 99})
     )
