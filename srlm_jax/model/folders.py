@@ -24,7 +24,6 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "chat_template.json",
     "generation_config.json",
 )
 
