@@ -108,6 +108,8 @@ def _instead_of_model(folder: epath.Path) -> str:
 
 def instead_of_weights(folder: epath.Path) -> str:
     """What a folder in Hugging Face's layout holds in place of weights that are read; "" where it is nothing known."""
+    if lost := sorted(path.name for path in folder.iterdir() if not path.exists()):
+        return f"{lost[0]:.80} is a link to a file that is not there; copy the files themselves"
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         return _adapter(folder)

@@ -121,8 +121,7 @@ def torch_file(path: epath.Path) -> Tensors:
     try:
         loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a pickle can fail in any way; the cause stays attached
-        reason = str(error).partition("\n")[0]
-        message = f"{path} is no whole file of tensors alone ({reason:.120}); nothing else is loaded"
+        message = f"{path} is no whole file of tensors alone ({_reason(error):.120}); nothing else is loaded"
         raise _not_whole(path, message) from error
 
     def plain(tensor: object) -> bool:  # and not sparse, nor without its numbers
@@ -143,6 +142,15 @@ def torch_file(path: epath.Path) -> Tensors:
         )
         for name, tensor in loaded.items()
     }
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch says of a file, without its advice to load what may be harmful."""
+    if other := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {other[1]}"
+    if str(error).startswith("Weights only load failed"):
+        return "it is damaged, or holds objects of other kinds"
+    return str(error).partition("\n")[0]
 
 
 def hugging_face(folder: epath.Path) -> Tensors:

@@ -120,6 +120,12 @@ def test_a_name_on_a_hub_is_no_folder_and_the_message_says_so(path, hint):
     assert str(raised.value).endswith("there is no such folder" + (advice if hint else ""))
 
 
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
+    folder = made(tmp_path, "config.json")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "0a1b")
+    assert instead_of_weights(folder).startswith("model.safetensors is a link to a file that is not there; copy the")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

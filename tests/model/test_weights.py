@@ -652,6 +652,11 @@ def test_a_pickle_that_is_not_tensors_alone_is_never_unpickled(folder, tmp_path)
     with pytest.raises(BadModelFile, match=r"pytorch_model.bin is no whole file of tensors alone \(.*\); nothing else"):
         load(folder)
     assert not (tmp_path / "sprung").exists()
+    for zipped in (True, False):
+        torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(BadModelFile) as raised:
+            load(folder)
+        assert "alone (it holds torch.nn.modules.linear.Linear); nothing else is loaded" in str(raised.value)
     for content in ({"a": 1}, [torch.zeros(1)], torch.zeros(1)):
         torch.save(content, path)
         with pytest.raises(BadModelFile, match=r"pytorch_model.bin holds something else than named tensors"):
