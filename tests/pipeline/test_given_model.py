@@ -226,7 +226,7 @@ def test_without_a_folder_the_scale_says_what_it_wants(scale, tmp_path):
         ({"seed_data__trees": None}, r"^config\.model\.path is given, and no human data"),
         ({"self_instruction__generator": None}, r"^config\.self_instruction\.generator is not given"),
         ({"dpo__train__batch_size": 12}, r"^config\.dpo\.train\.batch_size is 12, which 8 groups of devices"),
-        ({"chat": "alpaca"}, r"^config\.chat is 'alpaca': choose one of plain, "),
+        ({"chat": "alpaca"}, r"^config\.chat is 'alpaca': it must be 'plain' or "),
         ({"chat": "llama3"}, r"^config\.chat: .*tokenizer\.model has no control token '<\|start_header_id\|>'"),
         (
             {"validation__endpoint__url": "http://localhost/v1"},
