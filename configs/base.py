@@ -38,6 +38,7 @@ def training(
 ) -> ConfigDict:
     c = ConfigDict(locals())
     c.accumulate = 1
+    c.first_loss_tolerance = 0.02
     return c
 
 
@@ -177,7 +178,7 @@ def tiny() -> ConfigDict:
     )
 
     c.sft = ConfigDict()
-    c.sft.dropout = 0.1  # section 3.1.3
+    c.sft.dropout = 0.0  # section 3.1.3 has 0.1, see `llama`
     c.sft.train = training(
         steps=150,
         batch_size=32,  # section 3.1.3 has 16; a model this small is served better by more
@@ -213,7 +214,6 @@ def tiny() -> ConfigDict:
 
     c.dpo = ConfigDict()
     c.dpo.beta = 0.1  # section 3.1.3
-    c.dpo.dropout = 0.1
     c.dpo.train = training(
         steps=150,
         batch_size=32,
@@ -282,7 +282,11 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     c.seed_data = seed_data(ift_prompts=3_200, eft_train_prompts=570, eft_eval_prompts=190)
 
     c.sft = ConfigDict()
-    c.sft.dropout = 0.1  # section 3.1.3
+    # Section 3.1.3 has 0.1, for 70 billion parameters, and does not say of what. Llama was pretrained without dropout.
+    # Here it is that of the attention probabilities, the only one that the Llama of transformers and of torchtune has.
+    # Loss of 12 human answers under SmolLM2-135M, 4 seeds, without dropout 2.56 nats a token; with 0.1 of the attention
+    # probabilities 2.67 to 2.69, of the embeddings 2.81 to 2.99, of both residual branches 5.40 to 7.35.
+    c.sft.dropout = 0.0
     c.sft.train = training(
         steps=600,  # not in the paper: three epochs of IFT, two of IFT + EFT
         batch_size=16,  # section 3.1.3
@@ -327,7 +331,8 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
 
     c.dpo = ConfigDict()
     c.dpo.beta = 0.1  # section 3.1.3
-    c.dpo.dropout = 0.1  # section 3.1.3
+    # Section 3.1.3 has a dropout of 0.1 here too. There is none: a policy with dropout is compared with a reference
+    # without, and the first loss is no longer ln 2. TRL and the code of the DPO paper switch it off.
     c.dpo.train = training(
         steps=400,  # not in the paper: 1.6 epochs of its first round's pairs, 0.9 of its second's
         batch_size=16,  # section 3.1.3

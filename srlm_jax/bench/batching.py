@@ -12,12 +12,10 @@ from srlm_jax.data.batches import PairBatch, PairRow, Row, TokenBatch
 from srlm_jax.data.packing import Packing
 from srlm_jax.model.llama import Llama
 from srlm_jax.parallel import hosts, rules
-from srlm_jax.train.objectives import response_logprobs
+from srlm_jax.train.objectives import compiled_logprobs
 
 _MULTIPLE = 32  # of a row's positions
 _LOGPROB_CHUNK = 64  # positions of a row whose logits are held at once
-
-_compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[Row]:
@@ -66,5 +64,5 @@ def _logprobs(model: Llama, made: Sequence[TokenBatch], documents: int) -> list[
     mesh = train_mesh()
     place = rules.sharding(mesh, rules.TRAIN, ("batch",))
     with jax.set_mesh(mesh):
-        found = [_compiled_logprobs(model, hosts.spread(x, place), documents, _LOGPROB_CHUNK, None) for x in made]
+        found = [compiled_logprobs(model, hosts.spread(x, place), documents, _LOGPROB_CHUNK) for x in made]
     return hosts.fetch(found)

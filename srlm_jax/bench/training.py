@@ -83,7 +83,7 @@ def sft_objective() -> SftObjective:
 
 
 def dpo_objective() -> DpoObjective:
-    return DpoObjective(beta=BETA, dropout=0.0, logprob_chunk=batching.logprob_chunk())
+    return DpoObjective(beta=BETA, logprob_chunk=batching.logprob_chunk())
 
 
 def numbered(known: Sequence[Pair]) -> list[PairRow]:

@@ -122,6 +122,37 @@ def _columns(row: Row) -> dict[str, np.ndarray]:
     return {"tokens": ids[:-1], "targets": ids[1:], "mask": mask}
 
 
+def microbatches(batch: TokenBatch | PairBatch, accumulate: int) -> list[TokenBatch | PairBatch]:
+    """The microbatches of a batch: row i is of microbatch i % accumulate, see `train.step`."""
+    return [jax.tree.map(lambda x, i=i: x[i::accumulate], batch) for i in range(accumulate)]
+
+
+def unpacked(batch: TokenBatch) -> list[Row]:
+    """The documents of one microbatch (numpy arrays) as rows of their own, in the order of their numbers."""
+    if batch.segments_BT is None:
+        # Padding is behind the last target that carries the loss, and the loss is on a row's last tokens.
+        ends = [int(np.max(np.flatnonzero(mask_T), initial=0)) + 1 for mask_T in batch.mask_BT]
+        places = [(b, np.arange(end)) for b, end in enumerate(ends)]
+    elif batch.folding is None:
+        segments, tokens = batch.segments_BT, np.arange(batch.segments_BT.shape[1])
+        places = _by_document(segments, np.broadcast_to(tokens, segments.shape))
+    else:
+        places = _by_document(batch.folding.segments_BU, batch.folding.source_BU)
+    rows = []
+    for b, at in places:
+        ids = (*batch.tokens_BT[b, at].tolist(), int(batch.targets_BT[b, at[-1]]))
+        rows.append(Row(ids, len(ids) - int(batch.mask_BT[b, at].sum())))
+    return rows
+
+
+def _by_document(segments: np.ndarray, source: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """The row of each document and the places of its tokens there."""
+    found = {}
+    for b, of_row in enumerate(segments):
+        found |= {int(number): (b, source[b, of_row == number]) for number in np.unique(of_row) if number}
+    return [found[number] for number in sorted(found)]
+
+
 def _padded(row: Row, length: int) -> dict[str, np.ndarray]:
     if row.length > length:
         raise RowTooLong(f"a row of {row.length} positions does not fit a sequence length of {length}")

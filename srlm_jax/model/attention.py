@@ -150,17 +150,25 @@ def _taken(x: jax.Array, index_DI: jax.Array) -> jax.Array:
 
 
 def attend(
-    q_BNTH: Float[Array, "B N T H"], parts: list[Part], shared: list[Part], siblings: Siblings | None
+    q_BNTH: Float[Array, "B N T H"],
+    parts: list[Part],
+    shared: list[Part],
+    siblings: Siblings | None,
+    dropout: ops.Dropout | None = None,
 ) -> Float[Array, "B N T H"]:
     """Softmax attention over the keys of all parts together; query head n reads key-value head n // G.
 
     Args:
       parts: read as `Part` says.
       shared: read as `siblings` says, which is None where there are none.
+      dropout: of the probabilities, with one part alone. No kernel has it: the scores are then computed by XLA.
 
     Differentiable with one part; several are a cache's, which nobody differentiates through.
     """
     single = len(parts) + len(shared) == 1
+    if dropout is not None:
+        assert single and parts
+        return by_xla(q_BNTH, parts[0])(q_BNTH, parts[0], with_lse=False, dropout=dropout)[0]
     kernels = [kernel(rules.platform(), q_BNTH, part, single=single) for part in (*parts, *shared)]
     arrays, tree = jax.tree.flatten((q_BNTH, parts, shared, siblings))
 
@@ -211,16 +219,26 @@ def kernel(platform: str, q_BNTH: jax.Array, part: Part, *, single: bool) -> Cal
             return cudnn
         if even and part.readable.causal:
             return triton
+    return by_xla(q_BNTH, part)
+
+
+def by_xla(q_BNTH: jax.Array, part: Part) -> Callable:
+    """As `kernel`, of the functions that run on every platform."""
+    T, S = q_BNTH.shape[2], part.k_LRKSH.shape[-2]
     return blocked if T > QUERY_BLOCK and (S > PLAIN_KEYS or part.readable.causal) else plain
 
 
-def plain(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
+def plain(
+    q_BNTH: jax.Array, part: Part, *, with_lse: bool, dropout: ops.Dropout | None = None
+) -> tuple[jax.Array, jax.Array]:
     """All scores at once, by XLA."""
     mask = part.readable.mask_RCTS(0, q_BNTH.shape[2], part.k_LRKSH.shape[-2])
-    return ops.attend(q_BNTH, part.k_RKSH, part.v_RKSH, mask)
+    return ops.attend(q_BNTH, part.k_RKSH, part.v_RKSH, mask, dropout)
 
 
-def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array, jax.Array]:
+def blocked(
+    q_BNTH: jax.Array, part: Part, *, with_lse: bool, dropout: ops.Dropout | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The scores of one block of queries after the other, by XLA: where they are causal, of the keys up to the block's
     end alone. Scores of many keys are computed again on the way back."""
     T, S, readable = q_BNTH.shape[2], part.k_LRKSH.shape[-2], part.readable
@@ -232,7 +250,7 @@ def blocked(q_BNTH: jax.Array, part: Part, *, with_lse: bool) -> tuple[jax.Array
         mask = readable.mask_RCTS(start, end - start, keys)
         attend = jax.checkpoint(ops.attend) if S > PLAIN_KEYS else ops.attend
         k, v = (x if keys == S else x[:, :, :keys] for x in (part.k_RKSH, part.v_RKSH))
-        return attend(q_BNTH[:, :, start:end], k, v, mask)
+        return attend(q_BNTH[:, :, start:end], k, v, mask, None if dropout is None else dropout.fold(start))
 
     outs, lses = zip(*map(one, range(0, T, size)), strict=True)
     return jnp.concatenate(outs, axis=2), jnp.concatenate(lses, axis=2)

@@ -104,12 +104,12 @@ class Llama(nnx.Module):
             document only, to themselves and what came before. None: each row is one document. A `Folding`: documents
             share the tokens that they begin with.
           cache: with one, tokens attend as it says (see `Cache`), and `segments_BT` must be None.
-          dropout: of what each half of a block adds to the residual stream, for training. The attention's weights have
-            none: a random number for every score costs more than all else, and no fused kernel draws them.
+          dropout: of the attention probabilities, for training; as `attention_dropout` of transformers. No kernel has
+            it, so attention is then computed by XLA, with a random number for every score.
         """
         c = self.config
         assert cache is None or segments_BT is None
-        assert dropout is None or len(self.stacks) == 1
+        assert dropout is None or (cache is None and len(self.stacks) == 1)
         unfold = fold = lambda x: x
         if isinstance(segments_BT, Folding):
             unfold, fold, segments_BT = segments_BT.unfold, segments_BT.fold, segments_BT.segments_BU
@@ -143,13 +143,13 @@ class Llama(nnx.Module):
                     parts.append(Part(*leaf, layer, cache.readable))
                 parts += [level.part(stack, layer) for level in cache.parents]
                 shared, siblings = [level.part(stack, layer) for level in cache.shared], cache.siblings
-            a_BNTH = attention.attend(q_BNTH, parts, shared, siblings)
+            a_BNTH = attention.attend(q_BNTH, parts, shared, siblings, drop)
             a_BTX = fold(token_major(a_BNTH))
             a_BTD = scattered(ops.linear(a_BTX, cast.o[...].reshape(-1, c.D)))
-            x_BTD = x_BTD + (a_BTD if drop is None else drop.fold(0)(a_BTD))
+            x_BTD = x_BTD + a_BTD
             h_BTD = whole(ops.rms_norm(x_BTD, cast.mlp_norm[...], c.norm_eps))
             m_BTD = scattered(ops.swiglu(h_BTD, cast.gate[...], cast.up[...], cast.down[...]))
-            x_BTD = stored(x_BTD + (m_BTD if drop is None else drop.fold(1)(m_BTD)))
+            x_BTD = stored(x_BTD + m_BTD)
             return (x_BTD, leaf), None
 
         x_BTD = self.embedding[...].astype(c.compute_dtype)[tokens_BT]

@@ -29,7 +29,7 @@ FEW_QUERIES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Inverted dropout: each number is kept with probability 1 - rate and scaled by its inverse."""
+    """Inverted dropout: each number is kept with probability 1 - rate and divided by it, so that its mean stays."""
 
     rate: float
     key: PRNGKeyArray
@@ -119,11 +119,13 @@ def attend(
     k_RKSH: Float[Array, "R K S H"] | Slots,
     v_RKSH: Float[Array, "R K S H"] | Slots,
     mask_RCTS: Bool[Array, "#R #C #T S"],
+    dropout: Dropout | None = None,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
     """Softmax attention, and the log-sum-exp of its scores (float32), by which parts of one attention are merged.
 
     Rows of queries come in R groups of C siblings that read the same keys: these are read once for all of them.
     Query head n reads key-value head n // G. Where the mask leaves a query nothing, its log-sum-exp is about -1e30.
+    `dropout` acts on the probabilities: those that are kept no longer sum to 1.
     """
     B, N, T, H = q_BNTH.shape
     R, K, S, _ = k_RKSH.shape
@@ -139,6 +141,7 @@ def attend(
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     lse = (top + jnp.log(total))[..., 0]
+    weights = weights if dropout is None else dropout(weights)
     weights = weights.reshape(R, K, C * G * T, S)
     weights = (weights if v_scale is None else weights * v_scale).astype(v.dtype)
     out = jnp.einsum("rkqs,rksh->rkqh", weights, v, preferred_element_type=jnp.float32)

@@ -1,16 +1,13 @@
 """The loss of human answers under a model of the run."""
 
-import jax
-import numpy as np
-
 from srlm_jax.data import batches
 from srlm_jax.data.batches import Row
 from srlm_jax.evaluate.likelihood import likelihood_metrics
-from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline.run import Run
-from srlm_jax.pipeline.training import compiled_logprobs, example_row
+from srlm_jax.pipeline.training import example_row
 from srlm_jax.records import Metric, RankedPrompt
 from srlm_jax.storage import jsonl
+from srlm_jax.train.first_step import row_logprobs
 
 
 def human_loss(run: Run, name: str) -> dict[str, Metric]:
@@ -29,13 +26,7 @@ def _logprobs(run: Run, name: str, rows: list[Row]) -> list[float]:
     """The log-probability of each row's answer, in nats."""
     if not rows:
         return []
-    s, model = run.settings, run.to_train(name)
-    size, length = s.reference_batch, batches.padded_length([row.length for row in rows], s.length_multiple)
-    filled = rows + rows[:1] * (-len(rows) % size)
-    place = rules.sharding(run.train_mesh, rules.TRAIN, ("batch",))
-    parts = [batches.token_batch(filled[i : i + size], length) for i in range(0, len(filled), size)]
-    with jax.set_mesh(run.train_mesh):
-        logprobs = hosts.fetch(
-            [compiled_logprobs(model, hosts.spread(part, place), size, s.logprob_chunk, None) for part in parts]
-        )
-    return np.concatenate(logprobs)[: len(rows)].tolist()
+    s = run.settings
+    length = batches.padded_length([row.length for row in rows], s.length_multiple)
+    found = row_logprobs(run.to_train(name), rows, length, s.reference_batch, s.logprob_chunk, run.train_mesh)
+    return found.tolist()

@@ -29,7 +29,7 @@ class EmptyStage(UserError, ValueError):
 class Outcome:
     """What a stage has to report: how many of what, by reason, and the hash of the model it made."""
 
-    counts: Mapping[str, int]
+    counts: Mapping[str, int | float]
     model: str | None
 
 

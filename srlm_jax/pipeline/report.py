@@ -86,6 +86,7 @@ def write_report(workdir: epath.Path, models: Sequence[str]) -> None:
         "estimates": _estimates(results, styles),
         "curves": _curves(training, styles),
         "optimizer": _optimizer(training, styles),
+        "first_steps": _first_steps(counts, models),
         "score_rounds": _histograms([seed, *rounds]),
         "score_models": _histograms(judging),
         "outcomes": [
@@ -168,6 +169,13 @@ def _counts(
     """The counts of one stage of each round; only `names`, in that order, or all where there are none."""
     found = [(model, counts.get(f"{model.lower()}/{stage}", {})) for model in models]
     return [(model, {name: row[name] for name in names or row if name in row}) for model, row in found if row]
+
+
+def _first_steps(counts: dict[str, dict[str, float]], models: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(model, loss of its training's first step, the loss that was expected)."""
+    found = [(model, counts.get(f"{model.lower()}/train", {})) for model in models]
+    names = ("first_loss", "expected_first_loss")
+    return [(model, *(f"{row[name]:.4f}" for name in names)) for model, row in found if names[0] in row]
 
 
 def _headings(results: dict[str, dict]) -> list[tuple[str, str, str, str]]:

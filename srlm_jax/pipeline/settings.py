@@ -95,7 +95,7 @@ class SupervisedFineTuning:
     """SFT of the baseline (IFT) and of M1 (IFT + EFT), both from M0."""
 
     train: TrainConfig
-    dropout: Dropout
+    dropout: Dropout  # of the attention probabilities; above 0 no kernel computes attention, see `Llama`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,6 @@ class PreferenceTraining:
     """DPO of a round, from and against the model that the round starts from."""
 
     train: TrainConfig
-    dropout: Dropout
     beta: Annotated[float, above(0)]
 
 

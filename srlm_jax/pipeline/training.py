@@ -27,41 +27,59 @@ from srlm_jax.records import (
 from srlm_jax.sampling import engine
 from srlm_jax.storage import checkpoint, jsonl
 from srlm_jax.text import chat
+from srlm_jax.train.first_step import FirstStep
 from srlm_jax.train.loop import TrainConfig, train
-from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective, response_logprobs
+from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective, compiled_logprobs
+
+PairIds = tuple[tuple[int, ...], tuple[int, ...]]  # the token ids of a pair's two documents
 
 
 def _train_stage(
     run: Run,
     name: str,
-    make: Callable[[], tuple[Llama, Objective, object, dict[str, int]]],
+    make: Callable[[], tuple[Llama, Objective, object, dict[str, int], dict[PairIds, str]]],
     *,
     part: str,
     inputs: Sequence[str],
 ) -> None:
-    """Trains the model `name` as `make` prepares it (model, objective, batches, counts) and saves it."""
+    """Trains the model `name` as `make` prepares it (model, objective, batches, counts, ids of pairs) and saves it."""
     folder = run.workdir / name
     # The embedded world's M0 starts from random weights: there is nothing to adapt.
     lora = None if part == "pretraining" or run.settings.lora.rank is None else run.settings.lora
 
     def work() -> Outcome:
-        model, objective, dataset, counts = make()
+        model, objective, dataset, counts, names = make()
+        config = getattr(run.settings, part).train
+        groups = run.train_mesh.shape["data"] * run.train_mesh.shape["fsdp"]
+        first = FirstStep(
+            tolerance=config.first_loss_tolerance,
+            accumulate=config.accumulate,
+            rows=-(-config.batch_size // config.accumulate // groups) * groups,
+            logprob_chunk=run.settings.logprob_chunk,
+            names=names,
+        )
         model = train(
             model,
             objective,
             dataset,
-            config=getattr(run.settings, part).train,
+            config=config,
             lora=lora,
             mesh=run.train_mesh,
             seed=words_32(f"{run.settings.seed}/{name}", 1)[0],
             folder=folder,
             title=f"{name}: training",
+            first=first,
         )
         identity = _save(run, name, model)
+        checked = jsonl.read_json(folder / "first_step.json")
+        counts |= {"first_loss": round(checked["loss"], 6), "expected_first_loss": round(checked["expected"], 6)}
         run.keep(name, model)
         return Outcome(counts, identity)
 
-    outputs = [f"{name}/{output}" for output in ("checkpoint", "train_state", "metrics.jsonl", "tensorboard")]
+    outputs = [
+        f"{name}/{output}"
+        for output in ("checkpoint", "train_state", "metrics.jsonl", "first_step.json", "tensorboard")
+    ]
     fields = (part, "model", "chat", "logprob_chunk", "length_multiple", "context_length", "packed")
     config = run.config(*fields, *(() if lora is None else ("lora",)))
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
@@ -120,7 +138,7 @@ def _pretrain(run: Run) -> None:
         init = jax.jit(lambda key: llama.init(model, key), out_shardings=places)
         dataset = batches.filled_batches(rows, s.sequence_length, s.train.batch_size, run.settings.seed)
         objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
-        return init(stage_key(run.settings.seed, "m0/init")), objective, dataset, {"documents": len(rows)}
+        return init(stage_key(run.settings.seed, "m0/init")), objective, dataset, {"documents": len(rows)}, {}
 
     _train_stage(run, "m0", make, part="pretraining", inputs=("world",))
 
@@ -144,7 +162,7 @@ def fine_tune(run: Run, name: str, files: Sequence[str], inputs: Sequence[str]) 
             length = batches.padded_length([row.length for row in fitting], run.settings.length_multiple)
             dataset = batches.padded_batches(fitting, length, s.train.batch_size, run.settings.seed)
         objective = SftObjective(dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
-        return run.give_away("m0"), objective, dataset, counts
+        return run.give_away("m0"), objective, dataset, counts, {}
 
     _train_stage(run, name, make, part="sft", inputs=inputs)
 
@@ -171,9 +189,6 @@ def example_row(run: Run, prompt: str, response: str, finished: bool) -> Row:
     """Prompt and answer as token ids, the loss on the answer; without an end token where the answer was cut."""
     opening = chat.encode_prompt(run.tokenizer, run.chat, prompt)
     return Row((*opening, *chat.encode_response(run.tokenizer, run.chat, response, finished)), len(opening))
-
-
-compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk", "dropout"))
 
 
 def _pair_row(run: Run, pair: PreferencePair | ReferencePair, reference: tuple[float, float]) -> PairRow:
@@ -236,7 +251,7 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
             with jax.set_mesh(run.train_mesh):
                 found = hosts.fetch(
                     [
-                        compiled_logprobs(model, hosts.spread(batch, place), documents, s.logprob_chunk, None)
+                        compiled_logprobs(model, hosts.spread(batch, place), documents, s.logprob_chunk)
                         for batch in made(shard)
                     ]
                 )
@@ -291,10 +306,9 @@ def train_on_preferences(run: Run, name: str, start: str) -> None:
     s = run.settings.dpo
 
     def make():
-        rows = [
-            _pair_row(run, pair, (pair.chosen_logprob, pair.rejected_logprob))
-            for pair in jsonl.read(run.workdir / name / "reference", ReferencePair)
-        ]
+        pairs = jsonl.read(run.workdir / name / "reference", ReferencePair)
+        rows = [_pair_row(run, pair, (pair.chosen_logprob, pair.rejected_logprob)) for pair in pairs]
+        names = {(row.chosen.ids, row.rejected.ids): pair.id for row, pair in zip(rows, pairs, strict=True)}
         counts = {"pairs": len(rows)}
         if run.settings.packed:
             rows = _enough(rows, s.train.batch_size)
@@ -304,7 +318,7 @@ def train_on_preferences(run: Run, name: str, start: str) -> None:
             lengths = [row.length for row in batches.documents(rows)]
             length = batches.padded_length(lengths, run.settings.length_multiple)
             dataset = batches.padded_pairs(rows, length, s.train.batch_size, run.settings.seed)
-        objective = DpoObjective(beta=s.beta, dropout=s.dropout, logprob_chunk=run.settings.logprob_chunk)
-        return run.give_away(start), objective, dataset, counts
+        objective = DpoObjective(beta=s.beta, logprob_chunk=run.settings.logprob_chunk)
+        return run.give_away(start), objective, dataset, counts, names
 
     _train_stage(run, name, make, part="dpo", inputs=(f"{name}/reference", f"{start}/train"))

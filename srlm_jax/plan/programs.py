@@ -20,7 +20,6 @@ from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel import reshard as resharding
 from srlm_jax.parallel import rules
 from srlm_jax.parallel.mesh import MeshShape
-from srlm_jax.pipeline import training
 from srlm_jax.pipeline.settings import Settings
 from srlm_jax.plan import formulas, hlo
 from srlm_jax.plan.formulas import Cost, Split
@@ -29,7 +28,7 @@ from srlm_jax.sampling import decode as dec
 from srlm_jax.sampling import engine
 from srlm_jax.sampling.decode import Admission, DecodeConfig, DecodeState
 from srlm_jax.sampling.prefill import CHUNK, prefill_prefix
-from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective
+from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective, compiled_logprobs
 from srlm_jax.train.step import make_train_step
 
 # What stands around an instruction, in tokens: the marks of a chat, and the judge's rubric (379 tokens of Llama 2's,
@@ -228,14 +227,14 @@ def programs(s: Settings, shape: MeshShape, devices: Sequence[jax.Device]) -> li
         return Program(name, function, arguments, train_mesh, turns, cost[name])
 
     sft = SftObjective(dropout=s.sft.dropout, logprob_chunk=s.logprob_chunk)
-    dpo = DpoObjective(beta=s.dpo.beta, dropout=s.dpo.dropout, logprob_chunk=s.logprob_chunk)
+    dpo = DpoObjective(beta=s.dpo.beta, logprob_chunk=s.logprob_chunk)
     sums = jax.ShapeDtypeStruct((s.dpo.train.batch_size,), jnp.float32, sharding=rows)
     documents = 2 * s.shard_prompts if s.packed else s.reference_batch
     found = [
         step("SFT step", sft, s.sft, batch["SFT step"]),
         Program(
             "reference",
-            lambda weights, batch: training.compiled_logprobs(weights, batch, documents, s.logprob_chunk, None),
+            lambda weights, batch: compiled_logprobs(weights, batch, documents, s.logprob_chunk),
             {"weights": to_train, "batch": batch["reference"]},
             train_mesh,
             turns,

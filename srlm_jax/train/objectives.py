@@ -32,15 +32,11 @@ class Objective(Protocol):
     def __call__(self, model: Llama, batch: TokenBatch | PairBatch, key: jax.Array) -> Sums: ...
 
 
-def _dropout(rate: float, key: jax.Array) -> Dropout | None:
-    return Dropout(rate, key) if rate > 0 else None
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftObjective:
     """Negative log-likelihood of the target tokens (paper section 2.4)."""
 
-    dropout: float
+    dropout: float  # of the attention probabilities; see `Llama`
     logprob_chunk: int  # positions of a row whose logits are held at once
 
     def __call__(self, model: Llama, batch: TokenBatch, key: jax.Array) -> Sums:
@@ -49,7 +45,7 @@ class SftObjective:
             batch.positions_BT,
             segments_BT=batch.documents,
             cache=None,
-            dropout=_dropout(self.dropout, key),
+            dropout=Dropout(self.dropout, key) if self.dropout > 0 else None,
         )
         logprobs_BT = losses.token_logprobs(
             hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, self.logprob_chunk
@@ -59,16 +55,18 @@ class SftObjective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DpoObjective:
-    """DPO against stored reference log-probabilities (paper section 2.4)."""
+    """DPO against stored reference log-probabilities (paper section 2.4).
+
+    There is no dropout: the loss compares the policy with a reference that was computed without (TRL and the code of
+    the DPO paper switch it off as well).
+    """
 
     beta: float
-    dropout: float
     logprob_chunk: int
 
     def __call__(self, model: Llama, batch: PairBatch, key: jax.Array) -> Sums:
         P = batch.ref_chosen_P.shape[0]
-        drop = _dropout(self.dropout, key)
-        logprobs_N = response_logprobs(model, batch.rows, 2 * P, self.logprob_chunk, drop)
+        logprobs_N = response_logprobs(model, batch.rows, 2 * P, self.logprob_chunk)
         chosen_P, rejected_P = jnp.split(logprobs_N, 2)
         loss_P = losses.dpo_loss(chosen_P, rejected_P, batch.ref_chosen_P, batch.ref_rejected_P, self.beta)
         margin_P = losses.dpo_margin(chosen_P, rejected_P, batch.ref_chosen_P, batch.ref_rejected_P)
@@ -89,14 +87,15 @@ class DpoObjective:
         return Sums(jnp.sum(loss_P), jnp.float32(loss_P.size), metrics)
 
 
-def response_logprobs(
-    model: Llama, batch: TokenBatch, documents: int, logprob_chunk: int, dropout: Dropout | None
-) -> jax.Array:
+def response_logprobs(model: Llama, batch: TokenBatch, documents: int, logprob_chunk: int) -> jax.Array:
     """Log-probability of each document's masked-in tokens, float32 [documents], of which there are as many as rows
     where the batch is not packed."""
-    hidden_BTD, _ = model(batch.tokens_BT, batch.positions_BT, segments_BT=batch.documents, cache=None, dropout=dropout)
+    hidden_BTD, _ = model(batch.tokens_BT, batch.positions_BT, segments_BT=batch.documents, cache=None, dropout=None)
     if batch.segments_BT is None:
         assert documents == batch.tokens_BT.shape[0]
         return losses.sequence_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)
     logprobs_BT = losses.token_logprobs(hidden_BTD, model.head(), batch.targets_BT, batch.mask_BT, logprob_chunk)
     return losses.document_logprobs(logprobs_BT, batch.mask_BT, batch.segments_BT, documents)
+
+
+compiled_logprobs = jax.jit(response_logprobs, static_argnames=("documents", "logprob_chunk"))

@@ -13,7 +13,11 @@ from srlm_jax.limits import above, at_least, below
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with global-norm clipping, a linear warm-up, then a cosine from `learning_rate` to `end_learning_rate`."""
+    """AdamW with global-norm clipping, a linear warm-up, then a cosine from `learning_rate` to `end_learning_rate`.
+
+    Step k (from 0) of a warm-up of w steps has the learning rate `learning_rate` (k + 1) / (w + 1): the first step
+    learns too. The schedules of transformers begin at 0, and their first step changes nothing.
+    """
 
     learning_rate: Annotated[float, above(0)]
     end_learning_rate: Annotated[float, at_least(0)]
@@ -43,7 +47,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             f"warmup_steps ({config.warmup_steps}) must leave two of the training's {steps} steps: the peak and the end"
         )
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=max(steps - 1, config.warmup_steps + 1),

@@ -208,17 +208,24 @@ def test_dropout_acts_only_with_a_key_and_differs_from_key_to_key(tiny_llama):
     assert not np.allclose(runs[0], plain[0], atol=1e-2)
 
 
-def test_dropout_drops_other_numbers_in_every_layer(make_llama):
-    # Blocks that add nothing: the gradient of what they would add is zero exactly where a layer's mask is.
-    model = jax.tree.map(lambda x: x, make_llama(L=3))
-    for name in ("o", "down"):
-        weight = getattr(model.blocks, name)
-        setattr(model.blocks, name, weight.replace(jnp.zeros(weight.shape)))
+def test_dropout_drops_other_probabilities_in_every_layer(make_llama):
+    # A token alone has one probability a head, and the gradient of the output projection is zero where it is dropped.
+    model = make_llama(L=3, N=16, K=16)
     dropout = ops.Dropout(0.5, jax.random.key(0))
     gradient = jax.grad(lambda model: forward(model, tokens(1, 1), dropout=dropout).sum())(model)
-    dropped_LD = np.asarray((gradient.blocks.down[...] == 0).all(axis=1))
-    assert 0 < dropped_LD.mean() < 1
-    assert len({tuple(mask) for mask in dropped_LD.tolist()}) == 3  # two of them agree by chance once in 20,000 keys
+    dropped_LN = np.asarray((gradient.blocks.o[...] == 0).all(axis=(2, 3)))
+    assert 0 < dropped_LN.mean() < 1
+    assert len({tuple(mask) for mask in dropped_LN.tolist()}) == 3  # two of them agree by chance once in 20,000 keys
+
+
+def test_dropout_of_packed_rows_keeps_documents_apart(tiny_llama):
+    segments, positions = jnp.array([[1] * 3 + [2] * 5]), jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]])
+    dropout = ops.Dropout(0.3, jax.random.key(0))
+    found = [
+        forward(tiny_llama, row, positions_BT=positions, segments_BT=segments, dropout=dropout)[0, 3:]
+        for row in (tokens(1, 8), tokens(1, 8).at[0, :3].set(5))
+    ]
+    np.testing.assert_array_equal(*found)
 
 
 def test_bfloat16_runs_in_bfloat16_and_stays_near_float32(make_llama):
@@ -254,14 +261,14 @@ def rows(n):
     return jax.tree.map(jnp.asarray, batch)
 
 
-SFT = (objectives.SftObjective, {}, lambda: rows(B))
+SFT = (objectives.SftObjective, {"dropout": 0.1}, lambda: rows(B))
 DPO = (objectives.DpoObjective, {"beta": 0.1}, lambda: PairBatch(rows(B), jnp.zeros(2), jnp.zeros(2)))
 
 
 @pytest.mark.parametrize(("kind", "options", "batch"), [SFT, DPO], ids=["sft", "dpo"])
 def test_no_gradient_ever_holds_all_logits(make_llama, kind, options, batch):
     model = make_llama(V=V, remat="full")
-    chunked = kind(dropout=0.1, logprob_chunk=CHUNK, **options)
-    whole = kind(dropout=0.1, logprob_chunk=T, **options)
+    chunked = kind(logprob_chunk=CHUNK, **options)
+    whole = kind(logprob_chunk=T, **options)
     assert largest_array(chunked, model, batch()) < B * T * V
     assert largest_array(whole, model, batch()) >= B * T * V

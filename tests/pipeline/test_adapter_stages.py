@@ -28,7 +28,6 @@ def open_run(workdir, **lora):
     tree = get_config("smoke", 2).to_dict() | {"workdir": str(workdir)}
     tree["lora"] |= lora
     for part in ("sft", "dpo"):
-        tree[part]["dropout"] = 0.0
         tree[part]["train"] |= {"steps": 3, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
         tree[part]["train"]["optimizer"] |= {"warmup_steps": 0, "learning_rate": 1e-2, "end_learning_rate": 1e-3}
     run = make_run(read(tree), "test")

@@ -28,7 +28,6 @@ def open_run(workdir, **changes):
     """A run of the smoke scale in float32 with a random M0 and M1, its trainings of two steps."""
     tree = get_config("smoke", 2).to_dict() | {"workdir": str(workdir)} | changes
     for part in ("sft", "dpo"):
-        tree[part]["dropout"] = 0.0
         tree[part]["train"] |= {"steps": 2, "batch_size": 16, "accumulate": 2, "checkpoint_every": 2, "log_every": 1}
         tree[part]["train"]["optimizer"] |= {"warmup_steps": 0}
     run = make_run(read(tree), "test")

@@ -15,7 +15,7 @@ OPTIMIZER = OptimizerConfig(
     b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.0, clip_norm=1.0,
 )  # fmt: skip
 SFT = SftObjective(dropout=0.0, logprob_chunk=4)
-DPO = DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=4)
+DPO = DpoObjective(beta=0.1, logprob_chunk=4)
 
 
 def rows(seed):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,15 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=3e-2, end_learning_rate=3e-3, warmup_steps=2,
     b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0,
 )  # fmt: skip
-CONFIG = TrainConfig(steps=14, batch_size=4, accumulate=2, log_every=3, checkpoint_every=4, optimizer=OPTIMIZER)
+CONFIG = TrainConfig(
+    steps=14,
+    batch_size=4,
+    accumulate=2,
+    log_every=3,
+    checkpoint_every=4,
+    first_loss_tolerance=0.02,
+    optimizer=OPTIMIZER,
+)
 SFT = SftObjective(dropout=0.1, logprob_chunk=8)
 
 
@@ -65,6 +74,7 @@ def run(tiny_llama, one_device):
             seed=5,
             folder=epath.Path(folder),
             title=folder.name,
+            first=None,
         )
 
     return run
@@ -170,9 +180,42 @@ def test_a_step_that_is_no_number_is_never_saved(run, tmp_path):
     assert not [p for p in (tmp_path / "diverged" / "train_state").iterdir() if p.name.isdigit()]
 
 
+def test_a_batch_that_cannot_be_made_is_named_by_its_step(run, tmp_path):
+    with pytest.raises(ValueError, match=r"^bad, step \d+, its batch: a row of 9 positions does not fit"):
+        run(tmp_path / "bad", rows=[*counting_rows(), Row(tuple(range(10)), 1)])
+
+
+def test_a_batch_that_cannot_be_computed_is_named_by_its_step_and_shape(run, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Refuses:
+        def __call__(self, model, batch, key):
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match=r"^bad, step 1, its batch of tokens \(4, 8\): no$"):
+        run(tmp_path / "bad", objective=Refuses())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grows:
+    """Supervised fine-tuning whose loss is 40 times itself where a batch holds token 39."""
+
+    sft: SftObjective
+
+    def __call__(self, model, batch, key):
+        sums = self.sft(model, batch, key)
+        return sums._replace(loss=jnp.where((batch.tokens_BT == 39).any(), 40, 1) * sums.loss)
+
+
+def test_a_loss_ten_times_its_start_gives_one_warning(run, tmp_path, capsys):
+    rows = [Row(tuple((start + i) % 30 for i in range(8)), 1) for start in range(37)] + [Row((39, 39), 1)] * 3
+    run(tmp_path / "grows", rows=rows, objective=Grows(sft=SFT))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert re.search(r"warning: grows: the loss is \d+\.\d+ at step \d+, more than 10 times the \d\.\d+", warnings[0])
+
+
 def test_8_devices_train_as_one_does(run, tiny_llama, tmp_path):
-    # Dropout draws other numbers where arrays are split otherwise, so it is off.
-    plain = SftObjective(dropout=0.0, logprob_chunk=8)
+    plain = SftObjective(dropout=0.1, logprob_chunk=8)
     gentle = dataclasses.replace(OPTIMIZER, eps=1e-2, learning_rate=1e-2)
     config = dataclasses.replace(CONFIG, steps=4, batch_size=8, optimizer=gentle)
     wanted = run(tmp_path / "one", objective=plain, config=config)

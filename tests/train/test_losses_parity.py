@@ -144,8 +144,8 @@ def test_a_whole_training_loss_and_its_gradient(tiny_llama, as_transformers, tra
 
     documents = [Row(ids, loss_from) for ids, loss_from in CHOSEN + REJECTED]
     rows = jax.tree.map(jnp.asarray, packed_batch(documents, [[0, 1], [3, 2]], Shape(2, 12)))
-    stored = jnp.split(response_logprobs(reference, rows, 4, 4, None), 2)
-    objective = DpoObjective(beta=BETA, dropout=0.0, logprob_chunk=4)
+    stored = jnp.split(response_logprobs(reference, rows, 4, 4), 2)
+    objective = DpoObjective(beta=BETA, logprob_chunk=4)
     pairs = PairBatch(rows, *stored)
     mean = lambda model: objective(model, pairs, jax.random.key(0)).loss / 2
     loss, gradient = jax.jit(jax.value_and_grad(mean))(tiny_llama)

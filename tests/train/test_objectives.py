@@ -13,7 +13,7 @@ from srlm_jax.data.packing import Shape
 from srlm_jax.train.objectives import DpoObjective, SftObjective, response_logprobs
 
 SFT = SftObjective(dropout=0.0, logprob_chunk=4)
-DPO = DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=4)
+DPO = DpoObjective(beta=0.1, logprob_chunk=4)
 
 
 CHOSEN = [Row((1, 5, 6, 7, 2), 3), Row((1, 9, 8, 2), 2)]
@@ -54,12 +54,12 @@ def logprobs(tiny_llama):
 
 @layouts
 def test_response_logprobs_are_sums_over_the_answer(tiny_llama, logprobs, layout):
-    found = response_logprobs(tiny_llama, LAYOUTS[layout], 4, 4, None)
+    found = response_logprobs(tiny_llama, LAYOUTS[layout], 4, 4)
     np.testing.assert_allclose(found, jnp.concatenate(logprobs), rtol=1e-5)
 
 
 def test_a_document_that_is_in_no_row_adds_nothing(tiny_llama, logprobs):
-    found = response_logprobs(tiny_llama, LAYOUTS["packed"], 6, 4, None)
+    found = response_logprobs(tiny_llama, LAYOUTS["packed"], 6, 4)
     np.testing.assert_allclose(found, [*jnp.concatenate(logprobs), 0, 0], rtol=1e-5)
 
 
@@ -100,11 +100,19 @@ def test_dpo_metrics_by_hand(tiny_llama, logprobs, layout):
     np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
-def test_dropout_acts_where_it_is_set(tiny_llama, logprobs, objective):
-    data = batch(CHOSEN) if objective is SFT else pairs("packed", logprobs)
-    dropping = jax.jit(dataclasses.replace(objective, dropout=0.1))
+def test_dropout_acts_where_it_is_set(tiny_llama):
+    data = batch(CHOSEN)
+    dropping = jax.jit(dataclasses.replace(SFT, dropout=0.1))
     losses = [float(dropping(tiny_llama, data, jax.random.key(seed)).loss) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("objective", [SFT, DPO], ids=["sft", "dpo"])
+def test_without_dropout_nothing_is_drawn(tiny_llama, logprobs, objective):
+    data = batch(CHOSEN) if objective is SFT else pairs("packed", logprobs)
     plain = [float(objective(tiny_llama, data, jax.random.key(seed)).loss) for seed in (0, 1)]
     assert plain[0] == plain[1]
+
+
+def test_dpo_has_no_dropout():
+    assert {field.name for field in dataclasses.fields(DpoObjective)} == {"beta", "logprob_chunk"}

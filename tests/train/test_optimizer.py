@@ -25,9 +25,9 @@ def test_the_learning_rate_falls_from_the_paper_s_first_to_its_last_value(config
     np.testing.assert_allclose(rates[99:101].mean(), (first + last) / 2, rtol=1e-5)  # a cosine is symmetric
 
 
-def test_warm_up_is_linear_from_zero_to_the_peak():
+def test_warm_up_is_linear_to_the_peak_and_its_first_step_learns():
     rates = [float(schedule(dataclasses.replace(SFT, warmup_steps=4), 20)(step)) for step in range(20)]
-    np.testing.assert_allclose(rates[:5], 5.5e-6 * np.arange(5) / 4, rtol=1e-5)
+    np.testing.assert_allclose(rates[:5], 5.5e-6 * np.arange(1, 6) / 5, rtol=1e-5)
     np.testing.assert_allclose(rates[-1], 1.1e-6, rtol=1e-5)
 
 
@@ -39,7 +39,7 @@ def test_a_warm_up_that_leaves_no_fall_is_refused(warmup):
 
 def test_the_shortest_training_that_warms_up_ends_at_the_end():
     rates = [float(schedule(dataclasses.replace(SFT, warmup_steps=1), 3)(step)) for step in range(3)]
-    np.testing.assert_allclose(rates, [0.0, 5.5e-6, 1.1e-6], rtol=1e-5)
+    np.testing.assert_allclose(rates, [2.75e-6, 5.5e-6, 1.1e-6], rtol=1e-5)
 
 
 def test_weight_decay_shrinks_all_weights_but_the_norm_scales(tiny_llama):

@@ -103,7 +103,7 @@ def losses_and_gradients(model, sft, dpo):
     """Of both objectives, and the log-probabilities of the documents: one program for each way to split devices."""
     loss = lambda model, objective, batch: objective(model, batch, jax.random.key(0)).loss
     found = [jax.value_and_grad(loss)(model, objective, batch) for objective, batch in ((SFT, sft), (DPO, dpo))]
-    return *found, response_logprobs(model, dpo.rows, 16, 4, None)
+    return *found, response_logprobs(model, dpo.rows, 16, 4)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_a_step_writes_over_one_set_of_weights_and_moments_and_is_given_no_other
 def test_log_probabilities_take_a_sixteenth_of_the_memory_of_all_logits(make_llama):
     """32,000 tokens to choose from, 64 rows of 64 positions: all logits are half a gigabyte."""
     model = make_llama(V=32_000, L=1, remat="full")
-    train_step, tx = make_train_step(DpoObjective(beta=0.1, dropout=0.0, logprob_chunk=1), OPTIMIZER, 10, 1)
+    train_step, tx = make_train_step(DpoObjective(beta=0.1, logprob_chunk=1), OPTIMIZER, 10, 1)
     batch = PairBatch(TokenBatch(*(jnp.zeros((64, 64), t) for t in "iifii")), jnp.zeros(32), jnp.zeros(32))
     compiled = train_step.lower(model, jax.eval_shape(tx.init, model), None, batch, jax.random.key(0)).compile()
     logits = 64 * 64 * 32_000 * 4
