@@ -77,10 +77,15 @@ def judge_all(run: Run, judge_name: str, stage: str, answers: Sequence[Responses
 
 
 def vote_counts(judged: Sequence[JudgedPrompt]) -> dict[str, int]:
-    """How many judgements there are, and how many carry no vote, by reason."""
+    """How many judgements there are, how many of them the length limit cut, and how many carry no vote, by reason."""
     votes = [vote for prompt in judged for response in prompt.responses for vote in response.votes]
     counts = collections.Counter(str(vote.no_vote) for vote in votes if vote.no_vote is not None)
-    return {"votes": len(votes)} | {str(reason): counts[str(reason)] for reason in NoVote}
+    cut = sum(not vote.finished for vote in votes)
+    return {"votes": len(votes), "cut": cut} | {str(reason): counts[str(reason)] for reason in NoVote}
+
+
+def _warn_if_cut(stage: str, counts: dict[str, int]) -> None:
+    warn_if_cut(stage, "judgements", counts["cut"], counts["votes"], "config.judging.max_new_tokens")
 
 
 def _refuse_if_unscored(stage: str, judge_name: str, counts: dict[str, int]) -> None:
@@ -100,6 +105,7 @@ def judge_ranked(run: Run) -> None:
         ranked, too_long = ranked_prompts(run, "eft_train")
         judged = judge_all(run, "sft", "eft/judgements", [as_responses(p) for p in ranked], "eft: judging")
         counts = vote_counts(judged) | {"prompts_with_too_many_tokens": too_long}
+        _warn_if_cut("eft/judgements", counts)
         _refuse_if_unscored("eft/judgements", "the SFT baseline", counts)
         return Outcome(counts, None)
 
@@ -144,6 +150,7 @@ def judge_responses(run: Run, name: str, start: str) -> None:
     def work() -> Outcome:
         answers = jsonl.read(run.workdir / name / "responses", Responses)
         counts = vote_counts(judge_all(run, start, stage, answers, f"{name}: judging"))
+        _warn_if_cut(stage, counts)
         _refuse_if_unscored(stage, start, counts)
         return Outcome(counts, None)
 

@@ -4,6 +4,7 @@ import html.parser
 import json
 import random
 import re
+import shutil
 
 import pytest
 from etils import epath
@@ -208,6 +209,16 @@ class _Page(html.parser.HTMLParser):
 
 def _page(workdir: epath.Path) -> _Page:
     return _Page((workdir / "report.html").read_text())
+
+
+def test_the_first_loss_of_a_training_stands_beside_the_expected_one(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    workdir = epath.Path(tmp_path / "run")
+    _write_ledger(workdir, "m2/train", {"pairs": 9, "first_loss": 0.695512, "expected_first_loss": 0.693147}, 1.0)
+    report.write_report(workdir, MODELS)
+    text = (workdir / "report.html").read_text()
+    assert "M2: the first loss is 0.6955; 0.6931 was expected from the model it starts from." in text
+    assert "M3: the first loss" not in text
 
 
 def test_a_finished_run_shows_every_section_and_every_chart(run):

@@ -258,9 +258,25 @@ def test_votes_and_their_failures_are_counted(tmp_path, speak):
     run = open_run(tmp_path)
     judge(run)
     counts = run.ledger.entry("m2/judgements")["counts"]
-    assert counts == {"votes": 36, "unfinished": 0, "no_score": 9, "out_of_range": 9, "not_a_number": 9}
+    assert counts == {"votes": 36, "cut": 0, "unfinished": 0, "no_score": 9, "out_of_range": 9, "not_a_number": 9}
     records = jsonl.read(run.workdir / "m2" / "judgements", JudgedPrompt)
     assert [[response.score for response in record.responses] for record in records] == [[4.0, None, None, None]] * 3
+
+
+def test_judgements_that_the_limit_cut_are_counted_and_many_of_them_give_advice(tmp_path, monkeypatch, capsys):
+    cut = Completion(text="Score: 4 because of", tokens=4, finished=False)
+    whole = Completion(text="Score: 4", tokens=4, finished=True)
+
+    def generate(requests, params, report):
+        return [tuple((cut, whole, whole) for _ in request.prompts) for request in requests]
+
+    monkeypatch.setattr(Run, "generate", lambda run, name, stage: generate)
+    run = open_run(tmp_path)
+    judge(run)
+    counts = run.ledger.entry("m2/judgements")["counts"]
+    assert (counts["votes"], counts["cut"]) == (36, 12)
+    said = "the length limit cut 12 of 36 judgements (33%); raise config.judging.max_new_tokens"
+    assert f"warning: m2/judgements: {said}\n" in capsys.readouterr().err
 
 
 def test_judgements_without_any_score_stop_with_advice(tmp_path, speak):
@@ -478,11 +494,11 @@ def test_a_generator_that_is_nowhere_is_named(tmp_path):
 
 def test_no_vote_is_told_apart_from_all_reasons():
     votes = [Vote(text="", finished=True, score=None, no_vote=reason) for reason in NoVote] + [
-        Vote(text="", finished=True, score=0.0, no_vote=None)
+        Vote(text="", finished=False, score=0.0, no_vote=None)
     ]
     response = JudgedResponse(response="", tokens=0, finished=True, votes=tuple(votes), score=0.0)
     counts = judging.vote_counts([JudgedPrompt(id="a", prompt="", responses=(response, response))])
-    assert counts == {"votes": 10, "unfinished": 2, "no_score": 2, "out_of_range": 2, "not_a_number": 2}
+    assert counts == {"votes": 10, "cut": 2, "unfinished": 2, "no_score": 2, "out_of_range": 2, "not_a_number": 2}
 
 
 # --- the model that a run keeps ---------------------------------------------------------------------------------------
