@@ -8,9 +8,9 @@ from etils import epath
 
 from srlm_jax.data import sources
 from srlm_jax.parallel import hosts
+from srlm_jax.pipeline.cut_texts import warn_if_cut
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
-from srlm_jax.pipeline.limits import warn_if_cut
 from srlm_jax.pipeline.run import Run, draw, naming, needs_all, progress
 from srlm_jax.records import (
     Example,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from srlm_jax.data import eft, pairs
 from srlm_jax.judge import rubric as rubrics
 from srlm_jax.judge.score import judge
+from srlm_jax.pipeline.cut_texts import warn_if_cut
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
-from srlm_jax.pipeline.limits import warn_if_cut
 from srlm_jax.pipeline.run import Run, needs_all
 from srlm_jax.records import (
     Completion,
