@@ -346,12 +346,39 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     return c
 
 
+def trial() -> ConfigDict:
+    """Every stage with a small real model: the folder of an instruction-tuned Llama and one Open Assistant export, on two
+    CPU cores. It shows what a round does to a model before anything is rented; its numbers are too small to improve one.
+    """
+    c = llama(presets.smollm2_135m(), chat="chatml", tensor=1, generator="current")
+    c.model.update({"compute_dtype": "float32", "remat": "dots"})  # CPUs take gradients slowly in bfloat16
+    c.context_length = 1_024  # the judge's rubric (389), a prompt, an answer and a verdict
+    c.max_prompt_tokens = 64
+    c.shard_prompts = 32
+    c.length_multiple = 64
+    c.reference_batch = 8
+    c.engine.rows = 32
+    # Less than half of an export of 200 trees is left for nothing.
+    c.seed_data.rules.update({"ift_prompts": 80, "eft_train_prompts": 48, "eft_eval_prompts": 40})
+    c.sft.dropout = 0.0
+    c.sft.train.update({"steps": 20, "batch_size": 8, "log_every": 2, "checkpoint_every": 10})
+    c.sft.train.optimizer.update({"learning_rate": 1e-5, "end_learning_rate": 2e-6, "warmup_steps": 2})
+    c.self_instruction.update({"prompts": 48, "max_candidates": 960, "batch": 48})
+    c.self_instruction.sampling.max_new_tokens = 96
+    c.responses.max_new_tokens = 192
+    c.judging.max_new_tokens = 160
+    c.dpo.train.update({"steps": 10, "batch_size": 8, "log_every": 1, "checkpoint_every": 5})
+    c.dpo.train.optimizer.update({"learning_rate": 2e-6, "end_learning_rate": 2e-7, "warmup_steps": 2})
+    return c
+
+
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 # `tensor` splits a model's matrices where a copy of its weights for sampling would not fit one device.
 SCALES: dict[str, Callable[[], ConfigDict]] = {
     "tiny": tiny,
     "smoke": smoke,
+    "trial": trial,
     "llama2_7b": lambda: llama(presets.llama2_7b(), chat="llama2", tensor=1, generator=None),
     "llama2_13b": lambda: llama(presets.llama2_13b(), chat="llama2", tensor=2, generator=None),
     "llama2_70b": lambda: llama(presets.llama2_70b(), chat="llama2", tensor=8, generator=None),
