@@ -347,8 +347,9 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
 
 
 def trial() -> ConfigDict:
-    """Every stage with a small real model: the folder of an instruction-tuned Llama and one Open Assistant export, on two
-    CPU cores. It shows what a round does to a model before anything is rented; its numbers are too small to improve one.
+    """Every stage with a small real model on two CPU cores: an instruction-tuned Llama of some hundred million
+    parameters and an Open Assistant export of 180 trees or more. It shows what a round does to a model before anything
+    is rented. Its numbers are too small to improve one.
     """
     c = llama(presets.smollm2_135m(), chat="chatml", tensor=1, generator="current")
     c.model.update({"compute_dtype": "float32", "remat": "dots"})  # CPUs take gradients slowly in bfloat16
@@ -358,7 +359,6 @@ def trial() -> ConfigDict:
     c.length_multiple = 64
     c.reference_batch = 8
     c.engine.rows = 32
-    # Less than half of an export of 200 trees is left for nothing.
     c.seed_data.rules.update({"ift_prompts": 80, "eft_train_prompts": 48, "eft_eval_prompts": 40})
     c.sft.dropout = 0.0
     c.sft.train.update({"steps": 20, "batch_size": 8, "log_every": 2, "checkpoint_every": 10})

@@ -2,22 +2,20 @@
 config.seed_data.eft from answers that humans ranked."""
 
 import collections
-from collections.abc import Iterator, Sequence
+import dataclasses
 
 from absl import app, flags
 from etils import epath
 
 from srlm_jax import commandline
 from srlm_jax.data import oasst, sources
+from srlm_jax.data.judging_examples import BEST, COUNT, RANK, SCORE, WORST, from_ranks, score_of_rank, worded
 from srlm_jax.data.trees import ranked_prompts
 from srlm_jax.errors import BadInput
 from srlm_jax.judge.parse import parse_vote
-from srlm_jax.records import RankedPrompt
 from srlm_jax.storage import jsonl
 
-SCORE, RANK, COUNT = "<SCORE_HERE>", "<RANK_HERE>", "<COUNT_HERE>"
 TEMPLATE = f"The response meets {SCORE} of the five criteria.\nScore: {SCORE}"
-_BEST, _WORST = 5, 1
 
 _RANKED = flags.DEFINE_string(
     "ranked", None, 'Rows {"prompt": "...", "responses": ["...", ...], "ranks": [1, 0, ...]}.'
@@ -31,15 +29,6 @@ _VERDICT = flags.DEFINE_string(
     f"A text file: how a judgement is worded. {SCORE} stands for the score, {RANK} for the answer's place among the "
     f"{COUNT} answers to its prompt, 1 the best. If not given: {TEMPLATE!r}.",
 )
-
-
-def score_of_rank(rank: int, ranks: Sequence[int]) -> int:
-    """The score of an answer by its human rank: 5 for the best of its prompt, 1 for the worst, linear between them in
-    the place among the ranks that occur, rounded to whole points and halves up."""
-    places = sorted(set(ranks))
-    steps = len(places) - 1
-    below = places.index(rank) * (_BEST - _WORST)
-    return _BEST if steps == 0 else (2 * (_BEST * steps - below) + steps) // (2 * steps)
 
 
 def write_examples(
@@ -73,8 +62,8 @@ def write_examples(
         prompts, counts = ranked_prompts(oasst.read_export(trees).trees, lang)
     if not prompts:
         raise BadInput(f"{ranked or trees}: holds no prompt with two ranked answers ({_said(counts)})")
-    rows = list(_examples(prompts, wording))
-    jsonl.write_documents(output, rows)
+    rows = from_ranks(prompts, wording)
+    jsonl.write_documents(output, map(dataclasses.asdict, rows))
     scores = collections.Counter(score_of_rank(rank, prompt.ranks) for prompt in prompts for rank in prompt.ranks)
     counts |= {f"score {score}": scores[score] for score in sorted(scores)}
     print(f"{output}: {len(rows)} judging examples ({_said(counts)})")
@@ -93,27 +82,14 @@ def read_template(path: epath.PathLike) -> str:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
     if SCORE not in text:
         raise BadInput(f"{path}: the template does not hold {SCORE}; write for instance a last line 'Score: {SCORE}'")
-    for score in range(_WORST, _BEST + 1):
-        judgement = _worded(text, score, 1, 2)
+    for score in range(WORST, BEST + 1):
+        judgement = worded(text, score, 1, 2)
         if parse_vote(judgement, True).score != score:
             raise BadInput(
                 f"{path}: the score is not found in a judgement so worded, {judgement!r:.80}; end the template in a "
                 f"line 'Score: {SCORE}'"
             )
     return text
-
-
-def _examples(prompts: Sequence[RankedPrompt], wording: str) -> Iterator[dict[str, str]]:
-    for prompt in prompts:
-        places = sorted(set(prompt.ranks))
-        for response, rank in zip(prompt.responses, prompt.ranks, strict=True):
-            score = score_of_rank(rank, prompt.ranks)
-            judgement = _worded(wording, score, places.index(rank) + 1, len(prompt.ranks))
-            yield {"prompt": prompt.prompt, "response": response, "judgement": judgement}
-
-
-def _worded(wording: str, score: int, rank: int, count: int) -> str:
-    return wording.replace(SCORE, str(score)).replace(RANK, str(rank)).replace(COUNT, str(count))
 
 
 def _said(counts: dict[str, int]) -> str:

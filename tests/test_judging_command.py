@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from srlm_jax.data.judging_examples import read_judging_examples
+from srlm_jax.data.judging_examples import read_judging_examples, score_of_rank
 from srlm_jax.errors import BadInput
-from srlm_jax.judging_examples import score_of_rank, write_examples
+from srlm_jax.judging_examples import write_examples
 
 OASST = Path(__file__).parents[2] / "shared" / "data" / "oasst"
 

@@ -23,6 +23,11 @@ from srlm_jax.judge.rubric import Rubric, fill
 from srlm_jax.records import Example, RankedPrompt
 from srlm_jax.storage import jsonl, rows
 
+# config.seed_data.eft for examples that are made from the human ranks of the EFT training prompts.
+FROM_RANKS = "ranks"
+SCORE, RANK, COUNT = "<SCORE_HERE>", "<RANK_HERE>", "<COUNT_HERE>"
+BEST, WORST = 5, 1
+
 
 class JudgingDrop(enum.StrEnum):
     """Why a judging example is not trained on."""
@@ -63,6 +68,31 @@ def read_judging_examples(source: epath.PathLike) -> list[JudgingExample]:
                 f"or remove the row; it is {example.judgement!r:.80}"
             )
         found.append(example)
+    return found
+
+
+def score_of_rank(rank: int, ranks: Sequence[int]) -> int:
+    """The score of an answer by its human rank: 5 for the best of its prompt, 1 for the worst, linear between them in
+    the place among the ranks that occur, rounded to whole points and halves up."""
+    places = sorted(set(ranks))
+    steps = len(places) - 1
+    below = places.index(rank) * (BEST - WORST)
+    return BEST if steps == 0 else (2 * (BEST * steps - below) + steps) // (2 * steps)
+
+
+def worded(wording: str, score: int, rank: int, count: int) -> str:
+    """A judgement by a template. SCORE stands for the score, RANK for the answer's place from 1 among COUNT answers."""
+    return wording.replace(SCORE, str(score)).replace(RANK, str(rank)).replace(COUNT, str(count))
+
+
+def from_ranks(prompts: Sequence[RankedPrompt], wording: str) -> list[JudgingExample]:
+    """A judging example for every ranked answer, its score by `score_of_rank`."""
+    found = []
+    for prompt in prompts:
+        places = sorted(set(prompt.ranks))
+        for response, rank in zip(prompt.responses, prompt.ranks, strict=True):
+            judgement = worded(wording, score_of_rank(rank, prompt.ranks), places.index(rank) + 1, len(prompt.ranks))
+            found.append(JudgingExample(prompt=prompt.prompt, response=response, judgement=judgement))
     return found
 
 

@@ -56,7 +56,7 @@ def check_sources(run: Run) -> None:
     read = entry is not None and entry["status"] == "done" and contents.items() <= entry["config"].items()
     if contents and not read:
         seeding.read_seed(run)
-    if s.seed_data.eft is not None:
+    if s.seed_data.eft_file is not None:
         seeding.read_judging_examples(run)
     if s.models > 1 and s.self_instruction.prompts_file is not None:
         answering.read_prompts(run)

@@ -33,8 +33,9 @@ def _idle(s: Settings) -> Iterator[tuple[str, tuple[str, ...], str]]:
     if s.seed_data.ift is not None:
         yield "config.seed_data.rules", (), "config.seed_data.ift is given"
     if s.seed_data.eft is not None:
-        for field in ("config.eft", "config.seed_data.rules.eft_train_prompts"):
-            yield field, (), "config.seed_data.eft is given"
+        yield "config.eft", (), "config.seed_data.eft is given"
+    if s.seed_data.eft_file is not None:
+        yield "config.seed_data.rules.eft_train_prompts", (), "config.seed_data.eft is given"
     if s.models < 2:
         for field in ("config.self_instruction", "config.dpo"):
             yield field, (), "config.models is 1: there is no round"

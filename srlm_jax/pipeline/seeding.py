@@ -87,23 +87,27 @@ def read_seed(run: Run) -> tuple[SeedSplit, dict[str, int]]:
         return split, counts
     with naming("config.seed_data.trees"):
         export = oasst.read_export(s.trees or run.workdir / "world" / "trees.jsonl")
-    rules_ = s.rules if s.eft is None else dataclasses.replace(s.rules, eft_train_prompts=0)
+    rules_ = s.rules if s.eft_file is None else dataclasses.replace(s.rules, eft_train_prompts=0)
     with naming("config.seed_data.rules"):
         return trees.split_seed(export.trees, rules_, run.settings.seed), export.counts
 
 
 def read_judging_examples(run: Run) -> list[JudgingExample]:
-    """The judging examples that the configuration names.
+    """The judging examples that the configuration names, from the user's source or from the seed's ranks.
 
     Raises:
       BadConfig: they cannot be read or used, with the name of the field.
     """
+    if run.settings.seed_data.eft_file is None:
+        ranked, _ = judging.ranked_prompts(run, "eft_train")
+        return judging_examples.from_ranks(ranked, f"Score: {judging_examples.SCORE}")
     with naming("config.seed_data.eft"):
         return judging_examples.read_judging_examples(run.settings.seed_data.eft)
 
 
 def take_eft(run: Run) -> None:
-    """Judging examples of the user's own -> EFT training examples, in place of the SFT baseline's judgements."""
+    """Judging examples of the user's own, or from human ranks -> EFT training examples, in place of the SFT baseline's
+    judgements."""
 
     def work() -> Outcome:
         ranked = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
@@ -119,7 +123,8 @@ def take_eft(run: Run) -> None:
     run.ledger.run(
         "eft/examples",
         work,
-        config=run.config("seed_data.eft", "judging.rubric") | run.contents(seed_data__eft=run.settings.seed_data.eft),
+        config=run.config("seed_data.eft", "judging.rubric")
+        | run.contents(seed_data__eft=run.settings.seed_data.eft_file),
         inputs=("seed",),
         outputs=("eft/examples",),
     )
@@ -133,7 +138,7 @@ def _own_split(run: Run) -> tuple[SeedSplit, dict[str, int]]:
         ("eft_train", sources.read_ranked),
         ("eft_eval", sources.read_ranked),
     ):
-        if name == "eft_train" and s.eft is not None:
+        if name == "eft_train" and s.eft_file is not None:
             found[name] = []
             continue
         with naming(f"config.seed_data.{name}"):

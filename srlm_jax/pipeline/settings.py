@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 from srlm_jax import limits
 from srlm_jax.data.eft import EftRules
+from srlm_jax.data.judging_examples import FROM_RANKS
 from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
 from srlm_jax.errors import UserError
@@ -55,20 +56,21 @@ class SeedData:
     of one's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`.
 
     Judging examples of one's own (`eft`) take the place of ranked prompts for training. The SFT baseline then judges
-    none; the evaluation still needs its ranked prompts, from trees or from `eft_eval`.
+    none; the evaluation still needs its ranked prompts, from trees or from `eft_eval`. With `eft` "ranks" the examples
+    are made from the human ranks of the training prompts, for a model that cannot judge yet.
     """
 
     trees: Text | None  # of Open Assistant: see `srlm_jax.data.oasst`
-    eft: Text | None  # see `srlm_jax.data.judging_examples`
+    eft: Text | None  # "ranks", or a source: see `srlm_jax.data.judging_examples`
     ift: Text | None  # these three, or two beside `eft`, all or none: see `srlm_jax.data.sources`
     eft_train: Text | None
     eft_eval: Text | None
     rules: SeedRules  # how trees are divided
 
     def __post_init__(self):
-        if self.eft is not None and self.eft_train is not None:
+        if self.eft_file is not None and self.eft_train is not None:
             raise BadConfig("config.seed_data.eft and config.seed_data.eft_train are both given: keep one")
-        names = ("ift", "eft_train", "eft_eval") if self.eft is None else ("ift", "eft_eval")
+        names = ("ift", "eft_train", "eft_eval") if self.eft_file is None else ("ift", "eft_eval")
         own = {name: getattr(self, name) for name in names}
         given = [name for name, source in own.items() if source is not None]
         absent = [name for name, source in own.items() if source is None]
@@ -79,6 +81,11 @@ class SeedData:
             )
         if given and self.trees is not None:
             raise BadConfig(f"config.seed_data.trees and config.seed_data.{given[0]} are both given: keep one")
+
+    @property
+    def eft_file(self) -> str | None:
+        """The source of judging examples of one's own, None where there is none."""
+        return None if self.eft == FROM_RANKS else self.eft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
