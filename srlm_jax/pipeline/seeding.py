@@ -108,6 +108,9 @@ def read_judging_examples(run: Run) -> list[JudgingExample]:
 def take_eft(run: Run) -> None:
     """Judging examples of the user's own, or from human ranks -> EFT training examples, in place of the SFT baseline's
     judgements."""
+    s = run.settings.seed_data
+    # Ranked answers that do not fit the judge's prompt are left out.
+    lengths = ("context_length", "judging.max_new_tokens") if s.eft_file is None else ()
 
     def work() -> Outcome:
         ranked = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
@@ -123,8 +126,7 @@ def take_eft(run: Run) -> None:
     run.ledger.run(
         "eft/examples",
         work,
-        config=run.config("seed_data.eft", "judging.rubric")
-        | run.contents(seed_data__eft=run.settings.seed_data.eft_file),
+        config=run.config("seed_data.eft", "judging.rubric", *lengths) | run.contents(seed_data__eft=s.eft_file),
         inputs=("seed",),
         outputs=("eft/examples",),
     )
