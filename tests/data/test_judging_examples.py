@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from srlm_jax.data.judging_examples import JudgingExample, filled_examples, read_judging_examples
+from srlm_jax.data.judging_examples import JudgingExample, filled_examples, from_ranks, read_judging_examples
 from srlm_jax.judge.rubric import Rubric
 from srlm_jax.records import RankedPrompt
 from srlm_jax.storage.jsonl import BadRecord
@@ -53,3 +53,12 @@ def test_examples_hold_the_filled_rubric_and_none_is_asked_in_the_evaluation():
         ("eft-000005", "why?|so", "It is short.\nScore: 2", True),
     ]
     assert made.counts == {"rows": 5, "in_eft_eval": 1, "duplicate": 1, "examples": 3}
+
+
+def test_ranks_give_an_example_for_every_answer():
+    ranked = [RankedPrompt(id="a", prompt="Name a fruit.", responses=("fig", "car", "kiwi"), ranks=(1, 2, 0))]
+    assert [(e.prompt, e.response, e.judgement) for e in from_ranks(ranked, "Score: <SCORE_HERE>")] == [
+        ("Name a fruit.", "fig", "Score: 3"),
+        ("Name a fruit.", "car", "Score: 1"),
+        ("Name a fruit.", "kiwi", "Score: 5"),
+    ]

@@ -227,6 +227,15 @@ def test_judging_examples_made_from_ranks_are_accepted(tmp_path):
     assert counts == {"rows": 40, "in_eft_eval": 8, "duplicate": 0, "examples": 32}
 
 
+def test_judging_examples_from_the_ranks_of_the_training_prompts(tmp_path):
+    trees = write(tmp_path / "trees", messages(20))
+    run = take_eft(tmp_path / "run", trees=trees, eft="ranks", rules=RULES)
+    assert run.ledger.entry("seed")["counts"]["eft_train"] == RULES["eft_train_prompts"]
+    made = jsonl.read(run.workdir / "eft" / "examples", Example)
+    assert len(made) == 2 * RULES["eft_train_prompts"]
+    assert {example.response for example in made} == {"Score: 5", "Score: 1"}
+
+
 def test_judging_examples_that_cannot_be_used_are_named_with_their_field(tmp_path, own):
     del own["eft_train"]
     own["eft"] = write(tmp_path / "eft", [judging_rows("a")[0], judging_rows("b")[0] | {"judgement": "fine"}])
