@@ -24,6 +24,17 @@ def sampling(
     return ConfigDict(locals())
 
 
+def judging(*, max_new_tokens: int) -> ConfigDict:
+    """Sections 2.2 and 3.1.3: three judgements of each answer, T 0.7, top-p 0.9."""
+    c = sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=max_new_tokens, stop=())
+    c.rubric = config_dict.placeholder(str)  # a file in place of the paper's rubric, or of the embedded world's
+    c.prefix = ""  # words that each judgement begins with, "Score: " for a base model that needs a form to fill
+    c.score = "votes"  # section 2.2; "expected" is the mean under the probabilities of the score's token
+    c.min_scored = 0.5  # a run stops where fewer judgements than this share have a score
+    c.endpoint = endpoint()  # a server that judges a round's answers in place of the model
+    return c
+
+
 def optimizer(*, learning_rate: float, end_learning_rate: float, warmup_steps: int, weight_decay: float) -> ConfigDict:
     c = ConfigDict(locals())
     c.b1 = 0.9  # the paper names no optimizer: AdamW with the moments of the Llama papers
@@ -210,7 +221,7 @@ def tiny() -> ConfigDict:
 
     # Sections 2.2 and 3.1.3: four responses, three judgements of each, T 0.7, top-p 0.9.
     c.responses = sampling(samples=4, temperature=0.7, top_p=0.9, max_new_tokens=16, stop=())
-    c.judging = sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=64, stop=())
+    c.judging = judging(max_new_tokens=64)
 
     c.dpo = ConfigDict()
     c.dpo.beta = 0.1  # section 3.1.3
@@ -240,6 +251,7 @@ def smoke() -> ConfigDict:
     c.self_instruction.update({"prompts": 48, "max_candidates": 960, "batch": 96})
     c.dpo.train.update({"steps": 20, "batch_size": 8, "checkpoint_every": 10})
     c.eft.max_tied_share = 0.7  # a judge that has hardly learned gives many ties
+    c.judging.min_scored = 0.02  # and few scores
     return c
 
 
@@ -327,7 +339,7 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     # Section 3.1.3: four responses, T 0.7, top-p 0.9. Sections 2.2 and 3.1.3: three judgements, drawn as the responses
     # are. The lengths are not in the paper: an answer of 750 words; a verdict of at most 100 (figure 2), and its score.
     c.responses = sampling(samples=4, temperature=0.7, top_p=0.9, max_new_tokens=1_024, stop=())
-    c.judging = sampling(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=256, stop=())
+    c.judging = judging(max_new_tokens=256)
 
     c.dpo = ConfigDict()
     c.dpo.beta = 0.1  # section 3.1.3

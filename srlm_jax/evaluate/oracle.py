@@ -12,6 +12,7 @@ def oracle_metrics(answers: Sequence[Responses], scores: Sequence[OracleScores])
     - oracle_score: mean exact score, 0 to 5.
     - perfect: share of answers that earn all five points.
     - response_tokens: mean length in tokens, the end token included.
+    - cut: share of answers that the length limit cut.
     """
     points = [[score for score in row.scores if score is not None] for row in scores]
     points = [row for row in points if row]
@@ -20,7 +21,13 @@ def oracle_metrics(answers: Sequence[Responses], scores: Sequence[OracleScores])
         "oracle_score": mean([sum(row) / len(row) for row in points]),
         "perfect": mean([sum(score == 5 for score in row) / len(row) for row in points]),
         "response_tokens": mean([sum(row) / len(row) for row in lengths]),
+        "cut": mean(cut_shares(answers)),
     }
+
+
+def cut_shares(answers: Sequence[Responses]) -> list[float]:
+    """Of each prompt the share of answers that the length limit cut."""
+    return [sum(not c.finished for c in answer.completions) / len(answer.completions) for answer in answers]
 
 
 def mean(values: Sequence[float]) -> Metric:

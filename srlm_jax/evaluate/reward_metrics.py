@@ -17,13 +17,13 @@ def reward_metrics(ranked: Sequence[RankedPrompt], judged: Sequence[JudgedPrompt
     - pairwise_accuracy: of all pairs of responses that humans ordered, the fraction the judge orders alike. A tie of
       the judge counts one half, so a judge that always says 4 has 0.5.
     - five_best: of the responses with a perfect score (every vote that parses is a 5), the fraction that is the
-      humans' best among all responses to its prompt.
+      humans' best among all responses to its prompt. An expected score is hardly ever perfect.
     - exact_match: the fraction of prompts the judge orders wholly as the humans do. A tie of the judge where humans
       see a difference is a miss, and so is a response without a score.
     - spearman, kendall_tau_b: rank correlation within each prompt of two or more scored responses, averaged over
       prompts; 0 where all scores of the prompt are equal. 1 is full agreement.
-    - scored: the fraction of responses with a score. The others are left out of pairs, five_best and correlations:
-      read the metrics beside this one.
+    - scored: the fraction of judgements that carry a score, as they were drawn. Responses without a score are left out
+      of pairs, five_best and correlations: read the metrics beside this one.
 
     The unit of a standard error, and of `n`, is the prompt: responses to one prompt are not independent. Means over
     prompts have s / sqrt(n); ratios of sums over prompts have the linearised ratio estimator. A metric fewer than two
@@ -38,7 +38,8 @@ def reward_metrics(ranked: Sequence[RankedPrompt], judged: Sequence[JudgedPrompt
             continue
         scores = [response.score for response in verdict.responses]
         known = [(rank, score) for rank, score in zip(prompt.ranks, scores, strict=True) if score is not None]
-        scored.append((len(known), len(scores)))
+        votes = [vote for response in verdict.responses for vote in response.votes]
+        scored.append((sum(vote.score is not None for vote in votes), len(votes)))
         pairs.append(_pairs(known))
         perfect_ranks = [rank for rank, score in known if score == _PERFECT]
         perfect.append((perfect_ranks.count(min(prompt.ranks)), len(perfect_ranks)))

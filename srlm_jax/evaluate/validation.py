@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from srlm_jax.evaluate.oracle import mean
+from srlm_jax.evaluate.oracle import cut_shares, mean
 from srlm_jax.records import JudgedPrompt, Metric, Responses
 
 
@@ -11,8 +11,13 @@ def validation_metrics(answers: Sequence[Responses], judged: Sequence[JudgedProm
 
     - validation_score: mean of the scores that the judge gave, 0 to 5; answers without a vote are left out.
     - response_tokens: mean length in tokens, the end token included.
+    - cut: share of answers that the length limit cut.
     """
     scores = [[r.score for r in prompt.responses if r.score is not None] for prompt in judged]
     lengths = [[completion.tokens for completion in answer.completions] for answer in answers]
-    units = {"validation_score": [row for row in scores if row], "response_tokens": lengths}
+    units = {
+        "validation_score": [row for row in scores if row],
+        "response_tokens": lengths,
+        "cut": [[x] for x in cut_shares(answers)],
+    }
     return {name: mean([sum(row) / len(row) for row in rows]) for name, rows in units.items() if len(rows) > 1}

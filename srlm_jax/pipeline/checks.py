@@ -100,14 +100,12 @@ def check_lengths(run: Run) -> None:
     """
     s = run.settings
 
-    def tokens(text: str) -> int:
-        return len(chat.encode_prompt(run.tokenizer, run.chat, text))
-
-    frame = tokens(rubrics.fill(run.rubric, "", ""))
+    asked = rubrics.fill(run.rubric, "", "")
+    frame = len(chat.encode_prompt_with_opening(run.tokenizer, run.chat, asked, s.judging.prefix))
     needed = frame + s.max_prompt_tokens + s.responses.max_new_tokens + s.judging.max_new_tokens
     if needed > s.context_length:
         raise BadConfig(
-            f"the judge's prompt cannot be held: {frame} tokens of rubric + config.max_prompt_tokens "
+            f"the judge's prompt cannot be held: {frame} tokens of rubric and prefix + config.max_prompt_tokens "
             f"{s.max_prompt_tokens} + config.responses.max_new_tokens {s.responses.max_new_tokens} + "
             f"config.judging.max_new_tokens {s.judging.max_new_tokens} = {needed} > config.context_length "
             f"{s.context_length}: lower one or raise the last"

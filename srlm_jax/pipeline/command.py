@@ -1,5 +1,8 @@
 """What the main command does: settings, run, models, results, report."""
 
+import math
+import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -21,6 +24,8 @@ _COLUMNS = {
     "human_loss": ("human loss", "{:.3f} ± {:.3f}"),
     "validation_score": ("validation", "{:.2f} ± {:.2f}"),
     "response_tokens": ("tokens", "{:.1f} ± {:.1f}"),
+    "cut": ("cut", "{:.1%} ± {:.1%}"),
+    "scored": ("scored", "{:.1%} ± {:.1%}"),
     "pairwise_accuracy": ("pairwise", "{:.3f} ± {:.3f}"),
     "five_best": ("5-best", "{:.1%} ± {:.1%}"),
     "exact_match": ("exact match", "{:.1%} ± {:.1%}"),
@@ -57,11 +62,15 @@ def run_command(config: Mapping, redo: str | None, given: Sequence[str] = ()) ->
             removed = run.ledger.redo(redo)
             if tells:
                 print(f"removed: {', '.join(removed)}")
-    names = self_reward(run)
+    progress = Progress(run)
+    run.ledger.after = progress.after_stage
+    try:
+        self_reward(run)
+    except BaseException:
+        progress.at_failure()
+        raise
     if tells:
-        results = collect_results(run.workdir, names)
-        jsonl.write_json(run.workdir / "results.json", results)
-        write_report(run.workdir, tuple(results))
+        results = progress.write()
         print("\n" + results_table(results))
         print(f"\n{run.workdir / 'results.json'}\n{run.workdir / 'report.html'}")
     with hosts.together("report"):
@@ -82,9 +91,54 @@ def _introduced(run: Run) -> str:
     return said
 
 
+class Progress:
+    """Keeps results.json and report.html up to date with the stages that are done.
+
+    Writing them takes longer as a run grows, since all of its texts are read. After a stage they are written only where
+    that takes less than SHARE of the time since it was done last.
+    """
+
+    SHARE = 1 / 20
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._done_s, self._took_s = -math.inf, 0.0
+
+    def write(self) -> dict[str, dict[str, dict]]:
+        """Writes both files; returns the results of the models that are evaluated."""
+        began = time.monotonic()
+        workdir = self._run.workdir
+        names = ["m0", "sft", *(f"m{number}" for number in range(1, self._run.settings.models + 1))]
+        names = [name for name in names if (workdir / name).exists()]
+        results = collect_results(workdir, names)
+        jsonl.write_json(workdir / "results.json", results)
+        write_report(workdir, tuple(name.upper() for name in names))
+        self._done_s = time.monotonic()
+        self._took_s = self._done_s - began
+        return results
+
+    def after_stage(self, stage: str) -> None:
+        """Writes them on one process, unless it is too soon."""
+        if hosts.is_main() and self.SHARE * (time.monotonic() - self._done_s) >= self._took_s:
+            self._write_or_warn()
+
+    def at_failure(self) -> None:
+        """Writes them with what there is."""
+        if hosts.is_main():
+            self._write_or_warn()
+
+    def _write_or_warn(self) -> None:
+        """No fault of a report ends a run, or hides why it ends."""
+        try:
+            self.write()
+        except Exception as error:
+            print(f"warning: the report could not be written: {error!r}", file=sys.stderr, flush=True)
+
+
 def collect_results(workdir: epath.Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
-    """{"M1": {"oracle_score": {"value": ..., "stderr": ..., "n": ...}}}, from the evaluations of the models."""
-    return {name.upper(): jsonl.read_json(workdir / name / "eval" / "metrics.json") for name in names}
+    """{"M1": {"oracle_score": {"value": ..., "stderr": ..., "n": ...}}} of the models that are evaluated."""
+    files = {name: workdir / name / "eval" / "metrics.json" for name in names}
+    return {name.upper(): jsonl.read_json(path) for name, path in files.items() if path.exists()}
 
 
 def results_table(results: Mapping[str, Mapping[str, Mapping]]) -> str:

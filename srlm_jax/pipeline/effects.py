@@ -47,6 +47,7 @@ def _idle(s: Settings) -> Iterator[tuple[str, tuple[str, ...], str]]:
     for name, endpoint in (
         ("config.endpoint", s.endpoint),
         ("config.self_instruction.endpoint", s.self_instruction.endpoint),
+        ("config.judging.endpoint", s.judging.endpoint),
         ("config.validation.endpoint", s.validation.endpoint),
     ):
         if endpoint.url is None:

@@ -1,7 +1,8 @@
 """What is measured of each model; nothing here is read by any training."""
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
 from srlm_jax.data import sources, world
 from srlm_jax.evaluate.oracle import oracle_metrics
@@ -11,7 +12,15 @@ from srlm_jax.parallel import hosts
 from srlm_jax.pipeline.answering import draw_answers, prompt_tokens
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.human_loss import human_loss
-from srlm_jax.pipeline.judging import as_responses, judge_all, judge_answers, ranked_prompts, vote_counts
+from srlm_jax.pipeline.judging import (
+    as_responses,
+    judge_all,
+    judge_answers,
+    ranked_prompts,
+    rubric_content,
+    told,
+    vote_counts,
+)
 from srlm_jax.pipeline.ledger import Outcome
 from srlm_jax.pipeline.run import Run, naming
 from srlm_jax.pipeline.settings import BadConfig
@@ -34,7 +43,12 @@ def evaluate(run: Run, name: str) -> None:
     def work() -> Outcome:
         ranked, too_long = ranked_prompts(run, "eft_eval")
         judged = judge_all(
-            run, name, f"{stage}/judgements", [as_responses(p) for p in ranked], f"{name}: evaluating the judge"
+            run,
+            name,
+            f"{stage}/judgements",
+            [as_responses(p) for p in ranked],
+            f"{name}: evaluating the judge",
+            by_expected=run.settings.judging.score == "expected",
         )
         metrics, counts = human_loss(run, name) | reward_metrics(ranked, judged), {}
         if run.embedded:
@@ -44,10 +58,14 @@ def evaluate(run: Run, name: str) -> None:
             metrics = measured | metrics
         if hosts.is_main():
             jsonl.write_json(folder / "metrics.json", {key: vars(metric) for key, metric in metrics.items()})
+            print(told(name.upper(), judged), flush=True)
+            if name != "m0" and (warning := at_chance(name.upper(), metrics)):  # nothing is taught by M0's judgements
+                print(warning, file=sys.stderr, flush=True)
         return Outcome(vote_counts(judged) | {"prompts_with_too_many_tokens": too_long} | counts, None)
 
     fields = [
-        "judging",
+        *run.JUDGING,
+        "judging.score",
         "responses",
         "context_length",
         "logprob_chunk",
@@ -59,9 +77,20 @@ def evaluate(run: Run, name: str) -> None:
     run.ledger.run(
         stage,
         work,
-        config=run.config(*fields) | run.contents(validation__prompts_file=prompts_file),
+        config=run.config(*fields) | rubric_content(run) | run.contents(validation__prompts_file=prompts_file),
         inputs=(*(["world"] if run.embedded else []), "seed", f"{name}/train"),
         outputs=(stage,),
+    )
+
+
+def at_chance(name: str, metrics: Mapping[str, Metric]) -> str | None:
+    """A warning where a judge orders pairs within two standard errors of a coin, or worse; None where it is better."""
+    measured = metrics.get("pairwise_accuracy")
+    if measured is None or measured.value - 2 * measured.stderr > 0.5:
+        return None
+    return (
+        f"warning: {name}'s judge orders human-ranked pairs no better than chance "
+        f"({measured.value:.2f} ± {measured.stderr:.2f}): what it teaches is noise"
     )
 
 
@@ -105,7 +134,8 @@ def _validation_metrics(run: Run, name: str, stage: str) -> tuple[dict[str, Metr
     counts = {f"validation_{reason}": count for reason, count in dropped.items()}
     if s.endpoint.url is None:
         return validation_metrics(answers, []), counts
-    judged = judge_answers(run, EndpointGenerate(s.endpoint), f"{stage}/validation", answers, f"{name}: validation")
+    folder, title = f"{stage}/validation", f"{name}: validation"
+    judged = judge_answers(run, EndpointGenerate(s.endpoint), folder, answers, title, prefix="", by_expected=False)
     return validation_metrics(answers, judged), counts
 
 

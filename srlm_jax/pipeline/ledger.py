@@ -39,10 +39,12 @@ class Ledger:
 
     workdir: the run's folder.
     code: the version of this package.
+    after: called on every process with the name of each stage that has done its work, but not of one found done.
     """
 
     workdir: epath.Path
     code: str
+    after: Callable[[str], None] = lambda stage: None
 
     def __post_init__(self) -> None:
         self._identity: dict[str, str] = {}
@@ -104,6 +106,7 @@ class Ledger:
                 hosts.barrier(f"{stage}: worked")  # done is what every process has done
                 if hosts.is_main():
                     jsonl.write_json(self._path(stage), known)
+                self.after(stage)
             hosts.barrier(f"{stage}: done")  # whoever goes on finds all files
         digest = hashlib.sha256(json.dumps([identity, known["model"]], sort_keys=True).encode())
         self._identity[stage] = digest.hexdigest()[:16]

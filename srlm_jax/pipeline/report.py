@@ -34,8 +34,9 @@ _METRICS = (
     ("exact_match", "Exact match", "%", "prompts whose whole order the judge gets right"),
     ("spearman", "Spearman", "", "rank correlation of judge and ranking"),
     ("kendall_tau_b", "Kendall τ", "", "rank correlation of judge and ranking, by pairs"),
-    ("scored", "Scored", "%", "answers of the evaluation split to which the judge gave a score"),
+    ("scored", "Scored", "%", "judgements of the evaluation split that have a score"),
     ("response_tokens", "Tokens", "", "mean length of answers to held-out prompts"),
+    ("cut", "Cut", "%", "answers to held-out prompts that the length limit cut"),
 )
 # (is it DPO, keys drawn together, title, y label)
 _CURVES = (
@@ -100,7 +101,7 @@ def write_report(workdir: epath.Path, models: Sequence[str]) -> None:
         ],
         "lengths": _lengths(evaluated, rounds, styles),
         "held_out": _held_out_scores(oracle),
-        "agreement": [_agreement(it) for it in rounds if it.oracle],
+        "agreement": [panel for it in rounds if (panel := _agreement(it))],
         "stages": stages,
         "seconds": sum(stage["seconds"] for stage in stages),
         "slowest": max((stage["seconds"] for stage in stages), default=1) or 1,
@@ -154,7 +155,7 @@ def _stages(folder: epath.Path, models: Sequence[str]) -> list[dict]:
     """The ledger in the order of the work, as far as the names of the stages tell it."""
     order = {model.lower(): index for index, model in enumerate(models)} | {"eft": 1.5}
     entries = [jsonl.read_json(path) for path in folder.glob("*.json")] if folder.exists() else []
-    entries = [{"counts": {}, "seconds": 0.0} | entry for entry in entries]
+    entries = [{"counts": {}, "seconds": 0.0} | entry for entry in entries if entry.get("status", "done") == "done"]
 
     def place(entry: dict) -> tuple[float, int, str]:
         model, _, step = entry["stage"].partition("/")
@@ -192,9 +193,9 @@ def _table(
     rows: list[tuple[str, list[dict | None]]] = [(model, []) for model in results]
     for key, _, unit, _ in headings:
         column = [metrics.get(key) for metrics in results.values()]
-        # Of length there is no best, nor of the human loss, which DPO raises a little.
+        # Of length there is no best, nor of answers cut, nor of the human loss, which DPO raises a little.
         values = [metric["value"] for metric in column if metric]
-        best = max(values) if len(values) > 1 and key not in ("response_tokens", "human_loss") else None
+        best = max(values) if len(values) > 1 and key not in ("response_tokens", "cut", "human_loss") else None
         digits = 1 if unit or max(values) >= 20 else 3 if max(values) < 1 else 2
         for (_, cells), metric in zip(rows, column, strict=True):
             cells.append(_cell(metric, unit, digits, metric["value"] == best) if metric else None)
@@ -356,8 +357,9 @@ def _held_out_scores(oracle: dict[str, dict[str, list[float]]]) -> charts.Panel 
     return charts.stacks("Held-out answers by oracle score", "% of answers", rows, legend) if rows else None
 
 
-def _agreement(group: samples.Judged) -> charts.Panel:
-    """The judge's score of each answer against the oracle's, and what the oracle thinks of the pairs."""
+def _agreement(group: samples.Judged) -> charts.Panel | None:
+    """The judge's score of each answer against the oracle's, and what the oracle thinks of the pairs; None where no
+    answer has both scores."""
     points, margins = [], []
     for prompt in group.prompts:
         if prompt.id in group.oracle:
@@ -367,6 +369,8 @@ def _agreement(group: samples.Judged) -> charts.Panel:
             roles = dict(zip(samples.roles(prompt, group.pairs.get(prompt.id)), exact, strict=True))
             if "chosen" in roles and None not in (roles["chosen"], roles["rejected"]):
                 margins.append(roles["chosen"] - roles["rejected"])
+    if not points:
+        return None
     varied = len(points) > 1 and all(np.ptp(axis) > 0 for axis in np.transpose(points))
     caption = f"Pearson r = {np.corrcoef(np.transpose(points))[0, 1]:.2f}. " if varied else ""
     caption += f"{len(points):,} responses."

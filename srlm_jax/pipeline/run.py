@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from srlm_jax.data import world
 from srlm_jax.errors import UserError
-from srlm_jax.judge.rubric import Rubric, paper_rubric
+from srlm_jax.judge.rubric import Rubric, paper_rubric, read_rubric
+from srlm_jax.judge.score import POINTS
 from srlm_jax.model import llama, quantized, weights
 from srlm_jax.model.llama import Llama
 from srlm_jax.model.lora import check_rank
@@ -22,7 +23,7 @@ from srlm_jax.parallel import hosts, rules
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel.reshard import reshard
 from srlm_jax.pipeline.endpoint import EndpointGenerate
-from srlm_jax.pipeline.generate import ModelGenerate, open_model, stage_key
+from srlm_jax.pipeline.generate import ModelGenerate, open_model, stage_key, watched_ids
 from srlm_jax.pipeline.ledger import Ledger
 from srlm_jax.pipeline.settings import BadConfig, ModelSettings, Settings, flatten
 from srlm_jax.records import Completion, Generate, Request, SamplingParams
@@ -48,8 +49,8 @@ class LiveModel:
 class Run:
     """A run: its settings, its folder, and the means that all stages share.
 
-    What belongs to the model (its numbers, tokenizer and rubric) is the embedded world's, or that of the folder which
-    config.model.path names.
+    The model's numbers and its tokenizer are the embedded world's, or those of the folder that config.model.path names.
+    The rubric is the file of config.judging.rubric, else the world's in the embedded world and the paper's elsewhere.
     """
 
     settings: Settings
@@ -73,6 +74,10 @@ class Run:
 
     # The settings that every stage depends on which samples.
     SAMPLING = ("chat", "engine", "endpoint", "shard_prompts")
+    # Those that every judgement depends on. The others of config.judging do not change what a model of this run writes.
+    JUDGING = tuple(
+        f"judging.{name}" for name in ("samples", "temperature", "top_p", "max_new_tokens", "stop", "prefix")
+    )
 
     def config(self, *fields: str) -> dict[str, object]:
         """Full names and values of the named parts of the settings: what a stage depends on.
@@ -273,7 +278,15 @@ def make_run(settings: Settings, code: str) -> Run:
         tokenizer, rubric = WordTokenizer(world.vocabulary()), world.RUBRIC
     with naming("config.model.V" if path is None else "config.model.path"):
         check_vocabulary(tokenizer, settings.model.V)
-    for server in (settings.endpoint, settings.validation.endpoint):
+    if settings.judging.rubric is not None:
+        with naming("config.judging.rubric"):
+            rubric = read_rubric(settings.judging.rubric)
+    if settings.judging.score == "expected" and not watched_ids(tokenizer, POINTS):
+        raise BadConfig(
+            f"config.judging.score is 'expected', and {tokenizer.name} has no single token for each of "
+            f"{', '.join(POINTS)} behind a colon: take 'votes'"
+        )
+    for server in (settings.endpoint, settings.validation.endpoint, settings.judging.endpoint):
         if server.url is not None:
             EndpointGenerate(server)  # which looks for the key
     with naming("config.chat"):

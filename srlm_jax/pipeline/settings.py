@@ -13,7 +13,7 @@ from srlm_jax.data.judging_examples import FROM_RANKS
 from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
 from srlm_jax.errors import UserError
-from srlm_jax.limits import Count, Text, above, at_least, below, one_of
+from srlm_jax.limits import Count, Share, Text, above, at_least, below, one_of
 from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.lora import LoraConfig
 from srlm_jax.parallel.mesh import MeshShape
@@ -130,6 +130,17 @@ class SelfInstruction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Judging(SamplingParams):
+    """How judgements are drawn, what they are asked for, and which of their scores counts."""
+
+    rubric: Text | None  # a file; None: the paper's rubric, or the world's in the embedded world
+    prefix: str  # words that each judgement begins with, "" for none; the model goes on after them
+    score: Annotated[str, one_of("votes", "expected")]  # a mean of the scores that were drawn, or of expected ones
+    min_scored: Share  # the share of judgements with a score below which the run stops
+    endpoint: EndpointConfig  # a server that judges a round's answers in place of the model; none: the model does
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Validation:
     """What is measured of answers where no oracle is: each model answers a fixed set of prompts, and a judge from
     outside scores the answers by the rubric."""
@@ -177,7 +188,7 @@ class Settings:
     eft: EftRules
     self_instruction: SelfInstruction
     responses: SamplingParams
-    judging: SamplingParams
+    judging: Judging
     dpo: PreferenceTraining
     validation: Validation
 
@@ -191,8 +202,26 @@ class Settings:
                 f"config.endpoint.model is {self.endpoint.model!r}: it must hold {{name}}, which stands for m0, sft, "
                 "m1, ...: each time the server samples from another model of this run"
             )
+        self._check_judging()
         if self.model.path is not None:
             self._check_given_model()
+
+    def _check_judging(self) -> None:
+        s = self.judging
+        for field, server in (("config.endpoint", self.endpoint), ("config.judging.endpoint", s.endpoint)):
+            if server.url is None:
+                continue
+            if s.score == "expected":
+                raise BadConfig(
+                    f"config.judging.score is 'expected' and {field}.url is given: a server does not give the "
+                    "probabilities of all scores; take 'votes', or judge with the model on this job's devices"
+                )
+            if s.prefix:
+                raise BadConfig(
+                    f"config.judging.prefix is {s.prefix!r} and {field}.url is given: a chat server cannot be made to "
+                    "begin with given words; leave the prefix out, or ask for them in a rubric of your own "
+                    "(config.judging.rubric)"
+                )
 
     def _check_given_model(self) -> None:
         """What a model from a folder needs besides."""

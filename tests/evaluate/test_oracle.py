@@ -9,12 +9,12 @@ from srlm_jax.records import Completion, OracleScores, Responses
 
 
 def measure(*rows):
-    """Metrics of prompts given as [(score, tokens), ...]."""
+    """Metrics of prompts given as [(score, tokens), ...]; answers of 9 tokens are cut."""
     answers = [
         Responses(
             id=str(i),
             prompt="",
-            completions=tuple(Completion(text="", tokens=tokens, finished=True) for _, tokens in row),
+            completions=tuple(Completion(text="", tokens=tokens, finished=tokens != 9) for _, tokens in row),
         )
         for i, row in enumerate(rows)
     ]
@@ -27,6 +27,7 @@ def test_means_over_prompts():
         "oracle_score": 3.0,
         "perfect": 0.5,
         "response_tokens": 6.0,
+        "cut": 0.0,
     }
     # Squares of 2, 1, 2 and 3 add to 18; the variance is 18 / 3, that of the mean a quarter of it.
     assert metrics["oracle_score"].stderr == pytest.approx(math.sqrt(6 / 4))
@@ -44,6 +45,7 @@ def test_an_answer_without_a_score_counts_neither_way_but_has_a_length():
     metrics = measure([(None, 9), (4, 3)], [(None, 6)])
     assert (metrics["oracle_score"].value, metrics["oracle_score"].n) == (4.0, 1)
     assert (metrics["response_tokens"].value, metrics["response_tokens"].n) == (6.0, 2)
+    assert (metrics["cut"].value, metrics["cut"].n) == (0.25, 2)
 
 
 def test_one_prompt_has_no_spread():

@@ -6,7 +6,11 @@ import pytest
 from scipy import stats
 
 from srlm_jax.evaluate.reward_metrics import kendall_tau_b, reward_metrics, spearman_rho
-from srlm_jax.records import JudgedPrompt, JudgedResponse, RankedPrompt
+from srlm_jax.records import JudgedPrompt, JudgedResponse, NoVote, RankedPrompt, Vote
+
+
+def one_vote(score):
+    return (Vote(text="", finished=True, score=score, no_vote=NoVote.NO_SCORE if score is None else None),)
 
 
 def prompts(*rows):
@@ -15,7 +19,7 @@ def prompts(*rows):
     for index, (ranks, scores) in enumerate(rows):
         texts = tuple(f"r{i}" for i in range(len(ranks)))
         responses = tuple(
-            JudgedResponse(response=text, tokens=1, finished=True, votes=(), score=score)
+            JudgedResponse(response=text, tokens=1, finished=True, votes=one_vote(score), score=score)
             for text, score in zip(texts, scores, strict=True)
         )
         ranked.append(RankedPrompt(id=str(index), prompt="q", responses=texts, ranks=tuple(ranks)))
@@ -142,3 +146,15 @@ def test_prompts_that_do_not_match_are_refused():
     ranked, judged = prompts(((0, 1), (4.0, 3.0)), ((0, 1), (4.0, 3.0)))
     with pytest.raises(ValueError, match="not both"):
         reward_metrics(ranked, judged[:1])
+
+
+def test_scored_is_the_share_of_judgements_and_not_of_answers():
+    ranked, judged = prompts(((0, 1), (4.0, 2.0)), ((0, 1), (3.0, 1.0)))
+    votes = (*one_vote(4.0), *one_vote(None), *one_vote(None))
+    half = [
+        JudgedPrompt(
+            **vars(p) | {"responses": tuple(JudgedResponse(**vars(r) | {"votes": votes}) for r in p.responses)}
+        )
+        for p in judged
+    ]
+    assert reward_metrics(ranked, half)["scored"].value == pytest.approx(1 / 3)

@@ -1,5 +1,8 @@
 """The main command: its table, its results, and what it says instead of a traceback."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 from etils import epath
 
@@ -10,6 +13,7 @@ from srlm_jax.evaluate.reward_metrics import reward_metrics
 from srlm_jax.evaluate.validation import validation_metrics
 from srlm_jax.pipeline import command, report
 from srlm_jax.pipeline.command import collect_results, results_table, run_command
+from srlm_jax.pipeline.ledger import EmptyStage, Outcome
 from srlm_jax.records import (
     Completion,
     JudgedPrompt,
@@ -104,6 +108,65 @@ def test_the_command_writes_results_and_report_and_prints_the_table(finished, tm
     printed = capsys.readouterr().out
     assert results_table(results) in printed
     assert str(tmp_path / "results.json") in printed and str(tmp_path / "report.html") in printed
+
+
+def test_a_run_that_stops_leaves_results_and_a_report_of_what_there_is(finished, tmp_path, monkeypatch, capsys):
+    def stop(run):
+        raise EmptyStage("eft/judgements: nothing")
+
+    monkeypatch.setattr(command, "self_reward", stop)
+    with pytest.raises(EmptyStage, match=r"^eft/judgements: nothing$"):
+        run_command(finished, None)
+    assert list(jsonl.read_json(tmp_path / "results.json")) == ["M0", "SFT"]
+    assert "3.50" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_that_fails_does_not_hide_why_the_run_stops(finished, tmp_path, monkeypatch, capsys):
+    def stop(run):
+        raise EmptyStage("eft/judgements: nothing")
+
+    def fail(*_):
+        raise TypeError("a fault of the report")
+
+    monkeypatch.setattr(command, "self_reward", stop)
+    monkeypatch.setattr(command, "write_report", fail)
+    with pytest.raises(EmptyStage, match="nothing"):
+        run_command(finished, None)
+    assert "warning: the report could not be written: TypeError" in capsys.readouterr().err
+
+
+def test_the_report_is_written_after_stages_that_have_worked(finished, tmp_path, monkeypatch):
+    written = []
+
+    def work(run):
+        for stage in ("seed", "m0/train", "seed"):
+            run.ledger.run(stage, lambda: Outcome({}, None), config={}, inputs=(), outputs=())
+            written.append((tmp_path / "report.html").exists())
+            (tmp_path / "report.html").unlink(missing_ok=True)
+
+    monkeypatch.setattr(command, "self_reward", work)
+    monkeypatch.setattr(command.Progress, "SHARE", math.inf)
+    run_command(finished, None)
+    assert written == [True, True, False]
+
+
+def test_a_report_that_takes_long_is_written_seldom(tmp_path, monkeypatch):
+    now, written = [100.0], []
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+
+    def write(workdir, models):
+        written.append(now[0])
+        now[0] += 3
+
+    monkeypatch.setattr(command, "write_report", write)
+    run = SimpleNamespace(workdir=epath.Path(tmp_path), settings=SimpleNamespace(models=2))
+    progress = command.Progress(run)
+    for _ in range(12):
+        progress.after_stage("m2/pairs")
+        now[0] += 10
+    assert written == [100.0, 163.0]  # the next after 20 times 3 s
+    progress.at_failure()
+    assert len(written) == 3
 
 
 def test_the_command_tells_what_a_redo_removed(finished, tmp_path, capsys):

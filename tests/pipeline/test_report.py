@@ -331,6 +331,53 @@ def test_any_stage_may_be_missing(tmp_path, missing):
     assert _page(workdir).sections() == SECTIONS
 
 
+@pytest.mark.parametrize(
+    "there",
+    [
+        ("ledger/seed.json",),
+        ("m0/eval", "m0/metrics.jsonl", "ledger/m0.train.json"),
+        ("m0", "sft", "eft/judgements"),  # as a run leaves it that stops at eft/judgements
+        ("m1", "m2/prompts"),
+        ("m2/judgements",),
+    ],
+)
+def test_a_run_that_has_stopped_early_has_a_page_with_what_there_is(tmp_path, there):
+    whole, workdir = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "stopped")
+    write_run(whole, 8, 2)
+    _write_ledger(whole, "seed", {"ift": 9}, 1.0)
+    for name in there:
+        (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).rename(workdir / name)
+    report.write_report(workdir, MODELS)
+    text = (workdir / "report.html").read_text()
+    assert _page(workdir).sections() == SECTIONS
+    assert "Nothing here yet" in text
+    assert ("EFT, judged by SFT" in text) == ("eft/judgements" in there)
+
+
+def test_a_stage_that_has_not_finished_is_not_among_the_finished(tmp_path):
+    workdir = epath.Path(tmp_path)
+    entry = {"stage": "eft/judgements", "status": "started", "config": {}, "inputs": {}, "outputs": []}
+    jsonl.write_json(workdir / "ledger" / "eft.judgements.json", entry)
+    _write_ledger(workdir, "seed", {"ift": 9}, 1.0)
+    report.write_report(workdir, MODELS)
+    assert "1 finished stages" in (workdir / "report.html").read_text()
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_answers_that_the_oracle_cannot_score_are_left_out_of_its_drawings(tmp_path, readable):
+    workdir = epath.Path(tmp_path)
+    write_run(workdir, 8, 2)
+    path = workdir / "m2" / "oracle.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    blank = [row | {"scores": [None] * len(row["scores"])} for row in rows]
+    _write_lines(path, [*blank[:-1], rows[-1] if readable else blank[-1]])
+    report.write_report(workdir, MODELS)
+    titles = re.findall("<figcaption>(.*?)</figcaption>", (workdir / "report.html").read_text())
+    assert titles.count("Round M2, judged by M1") == readable
+    assert titles.count("Round M3, judged by M2") == 1
+
+
 def test_the_headline_shows_the_models_asked_for_and_marks_the_best(tmp_path):
     workdir = epath.Path(tmp_path)
     scores = {"M1": 0.5, "M2": 0.75, "M9": 0.9}

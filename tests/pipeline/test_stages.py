@@ -285,8 +285,12 @@ def test_judgements_without_any_score_stop_with_advice(tmp_path, speak):
     with pytest.raises(EmptyStage) as raised:
         judge(run)
     message = str(raised.value)
-    assert message.startswith("m2/judgements: none of 36 judgements by m1 holds a score")
-    assert "'no_score': 36" in message and "config.judging.max_new_tokens" in message
+    assert message.startswith(
+        "m2/judgements: judged by M1, 0 % of 36 judgements have a score (100 % no score). config.judging.min_scored is "
+    )
+    for field in ("prefix='Score: '", "rubric", "endpoint"):
+        assert f"config.judging.{field}" in message
+    assert "config.seed_data.eft" in message and "max_new_tokens" not in message
     # What was judged can be looked at, and the stage is not done.
     assert len(jsonl.read(run.workdir / "m2" / "judgements", JudgedPrompt)) == 3
     assert run.ledger.entry("m2/judgements")["status"] == "started"
