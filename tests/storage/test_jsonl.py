@@ -28,7 +28,7 @@ JUDGED = JudgedPrompt(
             tokens=3,
             finished=True,
             votes=(
-                Vote(text="Score: 4", finished=True, score=4.0, no_vote=None),
+                Vote(text="Score: 4", finished=True, score=4.0, no_vote=None, expected=3.5),
                 Vote(text="?", finished=False, score=None, no_vote=NoVote.NO_SCORE),
             ),
             score=4.0,
@@ -37,7 +37,7 @@ JUDGED = JudgedPrompt(
     ),
 )
 COMPLETION = {"text": "t", "tokens": 1, "finished": True}
-VOTE = {"text": "t", "finished": True, "score": None, "no_vote": "no_score"}
+VOTE = {"text": "t", "finished": True, "score": None, "no_vote": "no_score", "expected": None}
 
 
 def lines(path, *documents):
@@ -139,7 +139,7 @@ def test_an_integer_serves_as_a_float(tmp_path):
         (b"[" * 200_000 + b"\n", ":1: not valid JSON"),
         (b'{"text": "t", "text": "u", "score": 1, "no_vote": null}\n', ":1: .*twice"),
         (b'{"text": "\xff", "score": 1, "no_vote": null}\n', ":1: not UTF-8"),
-        (b'{"text": "t", "finished": true, "score": 1, "no_vote": null}\n\n', ":2: not valid JSON"),
+        (b'{"text": "t", "finished": true, "score": 1, "no_vote": null, "expected": null}\n\n', ":2: not valid JSON"),
         (b'{"text": "t", "finished": true, "score": 1, "no_vote": null}\n{"text": "t"', ":2: .*cut short"),
         (b'{"text": "t", "finished": true, "score": 1, "no_vote": null}', ":1: .*cut short"),
         (b'{"text": "t"\n', ":1: not valid JSON"),
