@@ -23,7 +23,7 @@ _UNIT = r"(?:points?|pts?\b|stars?|marks?)"
 _HEAD = re.compile(
     rf"(?<![^\W_])score[{_DRESS}]*+"
     rf"(?:[(\[](?:(?:total[ ])?points|(?:(?:out[ ])?of|max\.?|maximum(?:[ ]of)?|from|/)?[ ]?"
-    rf"(?:[0-9]{{1,3}}[ ]?(?:[{_DASH}]|to)[ ]?)?(?P<scale>[0-9]{{1,3}})(?:[ ]{_UNIT})?)[)\]]"
+    rf"(?:[0-9]{{1,3}}[ ]?(?:[{_DASH}]|to)[ ]?)?(?P<scale>[0-9]{{1,3}}|five)(?:[ ]{_UNIT})?)[)\]]"
     rf"|(?:out[ ]of[ ]|/[ ]?)(?P<bare_scale>[0-9]{{1,3}}))?"
     rf"[{_DRESS}]*+(?P<is>is|would[ ]be)?[{_DRESS}]*+[:\uff1a]",
     re.IGNORECASE,
@@ -37,8 +37,8 @@ _SENTENCE = re.compile(
 )
 _BEFORE = 80  # characters that are looked at for them
 _REPORTED = re.compile(
-    rf"\b(?:says?|said|claims?|claimed|contains?|contained|states?|stated|writes?|wrote|text|words?|phrase|string)"
-    rf"[{_DRESS}:]*\Z",
+    rf"\b(?:says?|said|claims?|claimed|contains?|contained|states?|stated|writes?|wrote|text|words?|phrase"
+    rf"|string|demands?|asks[ ]for)[{_DRESS}:(\[]*\Z",
     re.IGNORECASE,
 )
 
