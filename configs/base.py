@@ -365,20 +365,22 @@ def trial() -> ConfigDict:
     """
     c = llama(presets.smollm2_135m(), chat="chatml", tensor=1, generator="current")
     c.model.update({"compute_dtype": "float32", "remat": "dots"})  # CPUs take gradients slowly in bfloat16
-    c.context_length = 1_024  # the judge's rubric (389), a prompt, an answer and a verdict
+    c.context_length = 1_024  # the judge's rubric (389), a prompt and an answer
     c.max_prompt_tokens = 64
     c.shard_prompts = 32
     c.length_multiple = 64
     c.reference_batch = 8
     c.engine.rows = 32
     c.seed_data.rules.update({"ift_prompts": 80, "eft_train_prompts": 48, "eft_eval_prompts": 40})
-    c.sft.dropout = 0.0
     c.sft.train.update({"steps": 20, "batch_size": 8, "log_every": 2, "checkpoint_every": 10})
     c.sft.train.optimizer.update({"learning_rate": 1e-5, "end_learning_rate": 2e-6, "warmup_steps": 2})
     c.self_instruction.update({"prompts": 48, "max_candidates": 960, "batch": 48})
     c.self_instruction.sampling.max_new_tokens = 96
     c.responses.max_new_tokens = 192
-    c.judging.max_new_tokens = 160
+    # A small model does not know how to judge: a verdict is "Score: " and a digit, its value the expected one, and the
+    # human ranks teach it. The expected score is the same in each vote, so there is one.
+    c.seed_data.eft = "ranks"
+    c.judging.update({"prefix": "Score: ", "score": "expected", "samples": 1, "max_new_tokens": 8, "stop": ("\n",)})
     c.dpo.train.update({"steps": 10, "batch_size": 8, "log_every": 1, "checkpoint_every": 5})
     c.dpo.train.optimizer.update({"learning_rate": 2e-6, "end_learning_rate": 2e-7, "warmup_steps": 2})
     return c
