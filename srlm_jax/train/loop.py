@@ -140,7 +140,7 @@ def train(
                 loss = float(hosts.fetch(metrics["loss"]))
                 found = {"loss": loss, "expected": expected, "tolerance": first.tolerance}
                 first.check(title, found, undropped, adapted=frozen is not None, packed=_packed(batch))
-                if hosts.is_main():
+                if hosts.is_main() and math.isfinite(loss):
                     jsonl.write_json(folder / "first_step.json", found)
             window.append(metrics)
             last = step + 1 == config.steps
