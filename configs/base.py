@@ -59,8 +59,9 @@ def endpoint() -> ConfigDict:
     c.url = config_dict.placeholder(str)
     c.model = config_dict.placeholder(str)
     c.key_variable = config_dict.placeholder(str)  # the environment variable that holds its key
+    c.parameters = ("n", "temperature", "top_p", "max_tokens")  # which of them it takes
     c.timeout_s = 600.0  # all samples of a prompt come in one answer
-    c.retries = 5
+    c.patience_s = 900.0  # a server that is started again, with a large model to load, is back by then
     c.concurrency = 32
     c.requests_per_minute = 6_000
     return c

@@ -48,7 +48,7 @@ def _prompt_writer(run: Run, start: str, stage: str) -> Generate:
     """The source of new prompts: a server, a model of this run, or any other."""
     s = run.settings.self_instruction
     if s.endpoint.url is not None:
-        return EndpointGenerate(s.endpoint)
+        return EndpointGenerate(s.endpoint, "config.self_instruction.endpoint")
     if (own := _own_writer(run, start)) is not None:
         return run.generate(own, stage)
     with naming("config.self_instruction.generator"):

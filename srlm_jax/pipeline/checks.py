@@ -28,6 +28,7 @@ def check(run: Run) -> None:
     check_sources(run)
     check_model(run)
     check_writer(run)
+    check_servers(run)
 
 
 def check_model(run: Run) -> None:
@@ -69,13 +70,9 @@ def check_writer(run: Run) -> None:
 
     Raises:
       BadConfig: it is neither a model of this run nor a folder with a model and a tokenizer.
-      EndpointError, MissingExtra: the server cannot be asked.
     """
     s = run.settings
-    if s.models < 2 or s.self_instruction.prompts_file is not None:
-        return
-    if s.self_instruction.endpoint.url is not None:
-        EndpointGenerate(s.self_instruction.endpoint)
+    if s.models < 2 or s.self_instruction.prompts_file is not None or s.self_instruction.endpoint.url is not None:
         return
     writer = s.self_instruction.generator
     if writer in ("current", "m0", "sft", "m1"):
@@ -90,6 +87,35 @@ def check_writer(run: Run) -> None:
         weights.check(writer, sizes)
         rules.model_shardings(run.sample_mesh, rules.SAMPLE, llama.abstract(sizes))
         check_vocabulary(load_tokenizer(writer), sizes.V)
+
+
+def check_servers(run: Run) -> None:
+    """Asks each server of this run for something short, as its stages will; the server of the run's own models only
+    whether it is there and takes the key, since none of them may be served yet. A run whose results are written may
+    need no server any more: only the keys are looked for.
+
+    Raises:
+      EndpointError: a key is missing; a server cannot be reached, or refuses the key, the model or a parameter.
+      MissingExtra: the package that asks servers is missing.
+    """
+    s, writer = run.settings, run.settings.self_instruction
+    ask = not (run.workdir / "results.json").exists()
+    if s.endpoint.url is not None:
+        generate = EndpointGenerate(s.endpoint, "config.endpoint")
+        if ask:
+            generate.check_connection()
+    others = []  # (field, server, whether it is asked as in a chat, sampling)
+    if s.models > 1:
+        others.append(("config.judging.endpoint", s.judging.endpoint, True, s.judging))
+        if writer.prompts_file is None:
+            others.append(("config.self_instruction.endpoint", writer.endpoint, False, writer.sampling))
+    if not run.embedded:
+        others.append(("config.validation.endpoint", s.validation.endpoint, True, s.judging))
+    for field, server, chatting, params in others:
+        if server.url is not None:
+            generate = EndpointGenerate(server, field)
+            if ask:
+                generate.check(chatting, params)
 
 
 def check_lengths(run: Run) -> None:

@@ -1,22 +1,29 @@
 """Completions from a server: `records.Generate` over an OpenAI-compatible HTTP endpoint."""
 
 import dataclasses
-import email.utils
+import itertools
 import json
 import math
 import os
 import random
+import re
+import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Annotated
-from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 from srlm_jax import limits
 from srlm_jax.errors import BadInput, MissingExtra, UserError
-from srlm_jax.limits import Count, Text, above, at_least
+from srlm_jax.limits import Count, Text, above, at_least, one_of
+from srlm_jax.pipeline.protocol import Answer, Failure, read_answer, read_error
 from srlm_jax.records import Completion, Request, SamplingParams
+
+_LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +33,12 @@ class EndpointConfig:
     url: Text | None  # up to and with the version, "http://localhost:8000/v1"; None: no server is asked
     model: Text | None  # its name there
     key_variable: Text | None  # the environment variable that holds the key; None for a server that wants none
+    # What is sent with a prompt.
+    parameters: tuple[Annotated[str, one_of("n", "temperature", "top_p", *_LENGTHS)], ...]
     timeout_s: Annotated[float, above(0)]  # without a sign from the server
-    retries: Annotated[int, at_least(0)]  # of one request, after its first attempt
+    patience_s: Annotated[float, at_least(0)]  # how long a request that fails is tried again
     concurrency: Count  # requests under way at once
-    requests_per_minute: Count  # attempts started, retries among them
+    requests_per_minute: Count  # attempts started, repeated ones included
 
     def __post_init__(self):
         limits.check(self)
@@ -37,20 +46,31 @@ class EndpointConfig:
             return
         if not self.model:
             raise BadInput(f"url is {self.url!r} and model is not given: the name that the server knows the model by")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            good = False
+        if not good or "@" in parts.netloc or parts.query or parts.fragment:
             raise BadInput(
                 "url must be like 'http://localhost:8000/v1', without a key or password in it (the key is read from "
                 "the environment variable that key_variable names)"
             )
+        lengths = [name for name in self.parameters if name in _LENGTHS]
+        if len(lengths) != 1 or len(set(self.parameters)) < len(self.parameters):
+            raise BadInput(
+                f"parameters is {self.parameters!r}: it must hold one of {' and '.join(_LENGTHS)}, and no name twice, "
+                "like \"('n', 'max_tokens')\""
+            )
 
 
 class EndpointError(UserError, RuntimeError):
-    """The endpoint cannot be used, or what it answered: the message names it and says what was wrong."""
+    """The server cannot be used, or what it answered: the message names its field and says what was wrong."""
 
 
 class EndpointGenerate:
-    """`records.Generate` by a server; one HTTP request for all samples of a prompt.
+    """`records.Generate` by a server; one HTTP request for all samples of a prompt, or more where the server returns
+    fewer than it is asked for, or where `config.parameters` lacks "n".
 
     A chat request is sent as one user message, and the server puts its own chat format around it; any other is text to
     continue. Unlike a model on this job's devices, the same id draws other completions each time.
@@ -58,29 +78,43 @@ class EndpointGenerate:
     Stop strings are not sent but searched for in what comes back: servers leave the string itself out, which a score
     may be part of, and take four of them at most. So a request may cost tokens that are then dropped.
 
-    What passes (429, 408, 5xx, no connection, no answer in time) is tried again, after the time that the server asks
-    for in Retry-After, or else after twice the time of the try before, between half and all of it at random.
+    What may pass is tried again for `patience_s` seconds after the first failure: no connection, no answer in time,
+    status 408, 409, 425, 429 and 5xx, a body that is no JSON, an error object in place of an answer. An answer that has
+    come and cannot be read is tried three times in all. Each pause is what the server asks for in Retry-After, or else
+    doubles up to a minute, less up to half of it at random. Failures are said on stderr, in growing intervals.
+
+    When a request has failed for good, a plain prompt shows what is at fault. Where that fails as well, and always
+    after status 401, 403, 404 and the other refusals, the server or a setting is at fault, and the call ends. Else the
+    prompt is at fault: its completions are empty and not finished, and it is counted. So is a prompt whose completions
+    are all empty and not finished as the server sends them, unless its content filter withheld them. Where one prompt
+    or more is without an answer, a warning says how many; where more than one in 20 are, the call ends.
+
+    `field` is the full name of the configuration's field that `config` comes from; every message begins with it.
 
     Raises:
       MissingExtra: the package `openai` is missing.
       EndpointError: the environment variable holds no key.
     """
 
-    def __init__(self, config: EndpointConfig):
+    def __init__(self, config: EndpointConfig, field: str):
         try:
             import openai
         except ImportError as error:
             raise MissingExtra(
-                "an endpoint is asked through the package openai: pip install 'srlm_jax[openai]'"
+                f"{field}.url is given, and a server is asked through the package openai: pip install "
+                "'srlm_jax[openai]'"
             ) from error
         self._openai = openai
         self._config = config
-        self._key = _read_key(config.key_variable)
+        self._field = field
+        self._name = f"{field} ({config.url}, model {config.model!r})"
+        self._key = _read_key(config.key_variable, field)
         # Without a key of its own the client would send the one in OPENAI_API_KEY, which is for another server.
-        self._client = openai.OpenAI(
-            base_url=config.url, api_key=self._key or "none", timeout=config.timeout_s, max_retries=0
-        )
+        self._client = openai.OpenAI(base_url=config.url, api_key=self._key or "none", max_retries=0)
         self._pace = _Pace(config.requests_per_minute)
+        self._news = _News()
+        self._most = None if "n" in config.parameters else 1  # samples in an answer; None: as many as are asked for
+        self._asked = self._unanswered = 0  # prompts
 
     def __call__(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int, int], None]
@@ -89,9 +123,12 @@ class EndpointGenerate:
         length of text; 0 where it does not count.
 
         Raises:
-          EndpointError: a request failed for good, or its answer was nonsense; what else is under way is given up.
+          EndpointError: the server or a setting is at fault, or too many prompts have no answer; what else is under
+            way is given up.
         """
         results: list[list[tuple[Completion, ...]]] = [[()] * len(request.prompts) for request in requests]
+        self._asked += sum(len(request.prompts) for request in requests)
+        before, why = self._unanswered, ""
         halt = threading.Event()
         pool = futures.ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="endpoint")
         try:
@@ -102,84 +139,189 @@ class EndpointGenerate:
             }
             for future in futures.as_completed(places):
                 i, j = places[future]
-                results[i][j] = completions = future.result()
+                completions, failure = future.result()
+                if failure is not None:
+                    self._unanswered += 1
+                    why = f"the last one, request {requests[i].id!r}: {self._said(failure)}"
+                    if self._unanswered > max(1, self._asked // _ASKED_TO_ONE_UNANSWERED):
+                        raise EndpointError(f"{self._without_answer()}, more than one in 20; {why}")
+                results[i][j] = completions
                 report(len(completions), sum(completion.tokens for completion in completions))
         finally:
             halt.set()
             pool.shutdown(wait=False, cancel_futures=True)
+        if self._unanswered > before:
+            self._tell(f"{self._without_answer()} and count as empty completions that are not finished; {why}")
         return [tuple(prompts) for prompts in results]
+
+    def check(self, chat: bool, params: SamplingParams) -> None:
+        """Asks for completions of a short prompt, as a stage with these `params` will: within seconds, since a server
+        that takes longer is there.
+
+        Raises:
+          EndpointError: it cannot be reached, or refuses the key, the model or a parameter, or answers nonsense.
+        """
+        self._check(lambda timeout_s: self._post(chat, _PLAIN_PROMPT, params.samples, params, timeout_s))
+
+    def check_connection(self) -> None:
+        """Looks whether the server answers and takes the key; not which models it has.
+
+        Raises:
+          EndpointError: it does not.
+        """
+
+        def models(timeout_s: float) -> Failure | None:
+            answer = self._exchange(self._client.models.with_raw_response.list, timeout_s)
+            if isinstance(answer, Failure):
+                return answer if answer.passes or answer.status in (401, 403) else None  # others list no models
+            try:
+                json.loads(answer)
+            except (ValueError, RecursionError):
+                return Failure(what="GET /models gives no JSON", quoted=answer.decode(errors="replace"))
+            return None
+
+        self._check(models)
+
+    def _check(self, ask: Callable[[float], object]) -> None:
+        for attempt in range(_CHECKS):
+            answer = ask(min(self._config.timeout_s, _CHECK_TIMEOUT_S))
+            if not isinstance(answer, Failure) or answer.busy:
+                return
+            if not answer.passes:
+                break
+            if attempt + 1 < _CHECKS:
+                _halted(threading.Event(), _CHECK_PAUSE_S)
+        raise EndpointError(f"{self._name}: {self._said(answer)}")
 
     def _complete(
         self, request: Request, prompt: str, params: SamplingParams, halt: threading.Event
-    ) -> tuple[Completion, ...]:
-        """All samples of one prompt."""
-        where = f"endpoint {self._config.url}, model {self._config.model!r}, request {request.id!r}"
-        tries = self._config.retries + 1
-        for attempt in range(tries):
-            if halt.wait(self._pace.wait_s(time.monotonic())):
-                raise EndpointError(f"{where}: given up")
-            answer = self._post(request.chat, prompt, params)
-            if isinstance(answer, bytes):
-                try:
-                    return _read_completions(answer, request.chat, params)
-                except _Nonsense as error:
-                    what = f"{error}; the answer begins {self._public(answer.decode(errors='replace'))[:200]!r}"
-                break
-            what = answer.what if attempt == 0 else f"{answer.what} ({attempt + 1} tries)"
-            if not answer.passes:
-                break
-            pause_s = _pause_s(attempt, answer.retry_after_s)
-            if pause_s > _LONGEST_PAUSE_S:
-                what += f"; it asks to wait {pause_s:.0f} s: try again later, or lower requests_per_minute"
-                break
-            if attempt + 1 < tries:
-                halt.wait(pause_s)
-        # Outside of every `except`, so that no traceback shows what an error said before the key was taken out.
-        raise EndpointError(f"{where}: {what}")
+    ) -> tuple[tuple[Completion, ...], Failure | None]:
+        """All samples of one prompt, and why it has no answer where that is so."""
+        drawn: list[Completion] = []
+        while (missing := params.samples - len(drawn)) > 0:
+            n = missing if self._most is None else min(self._most, missing)
+            answer = self._ask(request, prompt, n, params, halt)
+            if isinstance(answer, Failure):
+                return (*drawn, *[Completion(text="", tokens=0, finished=False)] * missing), answer
+            if len(answer.completions) < n:
+                self._most = len(answer.completions)
+            drawn += answer.completions[:n]
+        silent = not any(completion.text or completion.finished for completion in drawn)
+        return tuple(drawn), answer.silence if silent else None
 
-    def _post(self, chat: bool, prompt: str, params: SamplingParams) -> "bytes | _Failure":
-        sampling = {
-            "model": self._config.model,
-            "n": params.samples,
+    def _ask(
+        self, request: Request, prompt: str, n: int, params: SamplingParams, halt: threading.Event
+    ) -> Answer | Failure:
+        """Up to `n` samples, or more where the server sends more; a failure where the prompt is at fault."""
+        timeout_s, patience_s = self._config.timeout_s, self._config.patience_s
+        where = f"{self._name}, request {request.id!r}"
+        give_up_s, readings = None, 0
+        for attempt in itertools.count():
+            if _halted(halt, self._pace.wait_s(_now_s())):
+                raise EndpointError(f"{where}: given up")
+            answer = self._post(request.chat, prompt, n, params, timeout_s)
+            if isinstance(answer, Answer):
+                return answer
+            now_s = _now_s()
+            give_up_s = now_s + patience_s if give_up_s is None else give_up_s
+            readings += answer.answered
+            pause_s = _pause_s(attempt, answer.retry_after_s)
+            if not answer.passes or now_s + pause_s > give_up_s or readings == _READINGS:
+                break
+            if failures := self._news.due(now_s):
+                count = f"{failures:,} failures so far; " if failures > 1 else ""
+                self._tell(f"{self._said(answer)} ({count}each request is tried again for {patience_s:g} s)")
+            if _halted(halt, pause_s):
+                raise EndpointError(f"{where}: given up")
+        if attempt:
+            answer = dataclasses.replace(answer, what=f"after {attempt + 1} attempts: {answer.what}")
+        if answer.retry_after_s is not None and answer.retry_after_s > patience_s:
+            asks = f"it asks to wait {answer.retry_after_s:.0f} s, longer than patience_s = {patience_s:g} s: "
+            answer = dataclasses.replace(answer, what=asks + answer.what)
+        if answer.of_the_prompt and not _halted(halt, self._pace.wait_s(_now_s())):
+            plain = self._post(request.chat, _PLAIN_PROMPT, n, params, timeout_s)
+            if isinstance(plain, Answer):
+                return answer
+        # Outside of every `except`, so that no traceback shows what an error said before the key was taken out.
+        raise EndpointError(f"{where}: {self._said(answer)}")
+
+    def _post(self, chat: bool, prompt: str, n: int, params: SamplingParams, timeout_s: float) -> Answer | Failure:
+        values = {
+            "n": n,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "max_tokens": params.max_new_tokens,
+            "max_completion_tokens": params.max_new_tokens,
         }
+        fields = {
+            "model": self._config.model,
+            # Not every one of these is a parameter of both of the client's functions.
+            "extra_body": {name: values[name] for name in self._config.parameters},
+        }
+        if chat:
+            create = self._client.chat.completions.with_raw_response.create
+            fields["messages"] = [{"role": "user", "content": prompt}]
+        else:
+            create = self._client.completions.with_raw_response.create
+            fields["prompt"] = prompt
+        answer = self._exchange(create, timeout_s, **fields)
+        return answer if isinstance(answer, Failure) else read_answer(answer, chat, params.stop)
+
+    def _exchange(self, send: Callable, timeout_s: float, **fields: object) -> bytes | Failure:
+        """One HTTP request: the body of an answer with status 200."""
+        timeout = self._openai.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         try:
-            if chat:
-                messages = [{"role": "user", "content": prompt}]
-                raw = self._client.chat.completions.with_raw_response.create(messages=messages, **sampling)
-            else:
-                raw = self._client.completions.with_raw_response.create(prompt=prompt, **sampling)
-            return raw.http_response.content
-        except self._openai.APITimeoutError:
-            return _Failure(f"no answer within timeout_s = {self._config.timeout_s:g} s", True, None)
-        except self._openai.APIConnectionError as error:
-            return _Failure(f"no connection: {self._public(str(error.__cause__ or error))[:200]}", True, None)
+            response = send(timeout=timeout, **fields).http_response
+        except self._openai.APITimeoutError as error:
+            if "Connect" in type(error.__cause__).__name__:
+                return Failure(what=f"no connection within {timeout.connect:g} s")
+            return Failure(what=f"no answer within {timeout_s:g} s (timeout_s)", busy=True)
         except self._openai.APIStatusError as error:
-            status, text = error.status_code, self._public(error.response.text)[:200]
-            passes = status in (408, 429) or status >= 500
-            advice = f" (key_variable is {self._config.key_variable!r})" if status in (401, 403) else ""
-            return _Failure(
-                f"HTTP {status}{advice}: {text!r}", passes, _retry_after_s(error.response.headers.get("retry-after"))
-            )
+            response = error.response
+        except self._openai.APIConnectionError as error:
+            return Failure(what="no connection", quoted=str(error.__cause__ or error))
+        if response.is_success:
+            return response.content
+        failure = read_error(response.status_code, response.content, response.headers.get("retry-after"))
+        advice = self._advice(failure)
+        if response.history:
+            advice += f" (redirected to {self._public(str(response.url))})"
+        return dataclasses.replace(failure, what=failure.what + advice)
+
+    def _advice(self, failure: Failure) -> str:
+        """Which field has to do with a refusal."""
+        if failure.status in (401, 403):
+            return f" ({self._field}.key_variable is {self._config.key_variable!r})"
+        if failure.status not in (400, 422):
+            return ""
+        if "max_completion_tokens" in failure.quoted and "max_completion_tokens" not in self._config.parameters:
+            return f" (give 'max_completion_tokens' in the place of 'max_tokens' in {self._field}.parameters)"
+        named = [
+            name
+            for name in self._config.parameters
+            if re.search(r"['\"`]n['\"`]|\bn\s*[=>:]" if name == "n" else rf"\b{name}\b", failure.quoted)
+        ]
+        return f" ({self._field}.parameters says whether {', '.join(named)} is sent)" if named else ""
+
+    def _said(self, failure: Failure) -> str:
+        return failure.what + (f": {self._public(failure.quoted)[:200]!r}" if failure.quoted else "")
 
     def _public(self, text: str) -> str:
-        """Servers quote keys in their complaints."""
-        return text.replace(self._key, "<key>") if self._key else text
+        """Servers quote keys in their complaints, in one spelling or another."""
+        if self._key is None:
+            return text
+        key = self._key
+        for spelling in (key, json.dumps(key)[1:-1], key.replace("/", "\\/"), urllib.parse.quote(key, safe="")):
+            text = text.replace(spelling, "<key>")
+        return text
 
+    def _without_answer(self) -> str:
+        return f"{self._name}: {self._unanswered:,} of {self._asked:,} prompts have no answer"
 
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    """An attempt without an answer; `passes` says whether another may have one."""
-
-    what: str
-    passes: bool
-    retry_after_s: float | None
-
-
-class _Nonsense(ValueError):
-    """An answer that is not what the protocol says."""
+    def _tell(self, line: str) -> None:
+        """A line above the progress bars."""
+        line = line if line.startswith(self._field) else f"{self._name}: {line}"
+        tqdm.write(f"warning: {line}", file=sys.stderr)
 
 
 class _Pace:
@@ -198,81 +340,60 @@ class _Pace:
         return start_s - now_s
 
 
-_FIRST_PAUSE_S, _LONGEST_BACKOFF_S, _LONGEST_PAUSE_S = 1.0, 60.0, 600.0
+class _News:
+    """When one of many failures is worth a line: the first, then one after every pause of 30 s, 1 min, 2 min, ..."""
+
+    def __init__(self):
+        self._gap_s = 30.0
+        self._next_s = -math.inf
+        self._failures = 0
+        self._lock = threading.Lock()
+
+    def due(self, now_s: float) -> int:
+        """How many failures there were, this one included, if it is time to say so; else 0."""
+        with self._lock:
+            self._failures += 1
+            if now_s < self._next_s:
+                return 0
+            self._next_s, self._gap_s = now_s + self._gap_s, 2 * self._gap_s
+            return self._failures
+
+
+_FIRST_PAUSE_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+_READINGS = 3  # of answers to one prompt that cannot be read
+_ASKED_TO_ONE_UNANSWERED = 20
+_PLAIN_PROMPT = "Say hello."
+_CONNECT_TIMEOUT_S = 10.0
+_CHECKS, _CHECK_PAUSE_S, _CHECK_TIMEOUT_S = 3, 1.0, 10.0
+
+
+def _now_s() -> float:
+    return time.monotonic()
+
+
+def _halted(halt: threading.Event, seconds: float) -> bool:
+    """Waits, unless or until `halt` is set; whether it is."""
+    return halt.wait(seconds)
 
 
 def _pause_s(attempt: int, retry_after_s: float | None) -> float:
     """Seconds to wait after the failed attempt 0, 1, 2, ..."""
     if retry_after_s is not None:
-        return retry_after_s
-    return min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_BACKOFF_S) * random.uniform(0.5, 1.0)
+        return max(retry_after_s, _FIRST_PAUSE_S / 2)
+    return min(_FIRST_PAUSE_S * 2 ** min(attempt, 10), _LONGEST_BACKOFF_S) * random.uniform(0.5, 1.0)
 
 
-def _retry_after_s(header: str | None) -> float | None:
-    """Retry-After in seconds from now: the header holds seconds or a date. None where it is absent or neither."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _read_key(variable: str | None) -> str | None:
+def _read_key(variable: str | None, field: str) -> str | None:
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise EndpointError(f"the environment variable {variable} holds no key; set it, or key_variable to None")
+        raise EndpointError(
+            f"{field}: the environment variable {variable} holds no key; set it, or {field}.key_variable to None"
+        )
     if not (key.isascii() and key.isprintable() and " " not in key):
         # Said here, since the HTTP library would quote it.
-        raise EndpointError(f"the environment variable {variable} holds what cannot be a key: white space or no ASCII")
+        raise EndpointError(
+            f"{field}: the environment variable {variable} holds what cannot be a key: white space or no ASCII"
+        )
     return key
-
-
-def _read_completions(body: bytes, chat: bool, params: SamplingParams) -> tuple[Completion, ...]:
-    """The samples of an answer, checked: the client's own classes take anything for a field's value."""
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        raise _Nonsense("the answer is not JSON") from None
-    choices = document.get("choices") if isinstance(document, dict) else None
-    if not isinstance(choices, list) or not choices:
-        raise _Nonsense("the answer has no choices")
-    if len(choices) != params.samples:
-        raise _Nonsense(f"{params.samples} samples were asked for and {len(choices)} came; perhaps it takes no n")
-    read = [_read_choice(choice, chat, params.stop) for choice in choices]
-    usage = document.get("usage")
-    total = usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0
-    if type(total) is not int or total < 0:
-        raise _Nonsense("usage.completion_tokens is no count")
-    written = [length for *_, length in read]
-    # Rounded at the ends of the shares, which so add up to the total.
-    ends = [round(total * sum(written[: k + 1]) / max(1, sum(written))) for k in range(len(written))]
-    return tuple(
-        Completion(text=text, tokens=end - start, finished=finished)
-        for (text, finished, _), start, end in zip(read, [0, *ends], ends, strict=False)
-    )
-
-
-def _read_choice(choice: object, chat: bool, stop: Sequence[str]) -> tuple[str, bool, int]:
-    """Text up to and with the first stop string, whether it is finished, and how long it was before the cut."""
-    holder = choice.get("message") if chat and isinstance(choice, dict) else choice
-    name = "message.content" if chat else "text"
-    text = holder.get(name.split(".")[-1]) if isinstance(holder, dict) else None
-    reason = choice.get("finish_reason") if isinstance(choice, dict) else None
-    if not isinstance(text, str):
-        raise _Nonsense(f"a choice's {name} is no text but {type(text).__name__}")
-    if not isinstance(reason, str):
-        raise _Nonsense(f"a choice's finish_reason is no text but {type(reason).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _Nonsense(f"a choice's {name} holds half a character (a lone surrogate)") from None
-    cuts = [text.index(string) + len(string) for string in stop if string in text]
-    finished = bool(cuts) or reason not in ("length", "content_filter")
-    return text[: min(cuts, default=len(text))], finished, len(text)

@@ -134,8 +134,8 @@ def _validation_metrics(run: Run, name: str, stage: str) -> tuple[dict[str, Metr
     counts = {f"validation_{reason}": count for reason, count in dropped.items()}
     if s.endpoint.url is None:
         return validation_metrics(answers, []), counts
-    folder, title = f"{stage}/validation", f"{name}: validation"
-    judged = judge_answers(run, EndpointGenerate(s.endpoint), folder, answers, title, prefix="", by_expected=False)
+    server, folder = EndpointGenerate(s.endpoint, "config.validation.endpoint"), f"{stage}/validation"
+    judged = judge_answers(run, server, folder, answers, f"{name}: validation", prefix="", by_expected=False)
     return validation_metrics(answers, judged), counts
 
 

@@ -251,7 +251,8 @@ def judge_responses(run: Run, name: str, start: str) -> None:
             judge_name = start.upper()
             judged = judge_all(run, start, stage, answers, title, by_expected=s.score == "expected")
         else:
-            judge_name, server = f"the server's {s.endpoint.model}", EndpointGenerate(s.endpoint)
+            judge_name = f"the server's {s.endpoint.model}"
+            server = EndpointGenerate(s.endpoint, "config.judging.endpoint")
             judged = judge_answers(run, server, stage, answers, title, prefix="", by_expected=False)
         counts = vote_counts(judged)
         _warn_if_cut(stage, counts)

@@ -143,7 +143,8 @@ class Run:
         job's devices with the random numbers of `stage`."""
         server = self.settings.endpoint
         if server.url is not None:
-            return EndpointGenerate(dataclasses.replace(server, model=server.model.replace("{name}", name)))
+            server = dataclasses.replace(server, model=server.model.replace("{name}", name))
+            return EndpointGenerate(server, "config.endpoint")
         return ModelGenerate(
             model=self.to_sample(name),
             tokenizer=self.tokenizer,
@@ -261,7 +262,6 @@ def make_run(settings: Settings, code: str) -> Run:
 
     Raises:
       BadConfig: there is no such model, or it cannot be used; it has fewer token ids than its tokenizer.
-      EndpointError, MissingExtra: a server cannot be asked.
       BadInput: the mesh does not fit the devices, or they cannot share a batch.
     """
     path = settings.model.path
@@ -286,9 +286,6 @@ def make_run(settings: Settings, code: str) -> Run:
             f"config.judging.score is 'expected', and {tokenizer.name} has no single token for each of "
             f"{', '.join(POINTS)} behind a colon: take 'votes'"
         )
-    for server in (settings.endpoint, settings.validation.endpoint, settings.judging.endpoint):
-        if server.url is not None:
-            EndpointGenerate(server)  # which looks for the key
     with naming("config.chat"):
         encode_prompt(tokenizer, FORMATS[settings.chat], "")  # which looks up the marks
     train_mesh, sample_mesh = meshes.train_mesh(settings.mesh), meshes.sample_mesh(settings.mesh)

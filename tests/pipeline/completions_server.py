@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import math
 import threading
 import time
 
@@ -23,10 +24,12 @@ class Reply:
     headers: tuple[tuple[str, str], ...] = ()
     delay_s: float = 0.0
     hang_up: bool = False
+    cut: int | None = None  # bytes of the body that are sent before the server hangs up
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Writes `write(prompt, sample)`; `replies` come first, one a request."""
+    """Writes `write(prompt, sample)`; `replies` come first, one a request, then what `script(fields)` gives, where that
+    is not None. Of `most` samples a request it gives no more."""
 
     daemon_threads = True
 
@@ -34,6 +37,9 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.write = write
         self.replies = collections.deque()
+        self.script = lambda fields: None
+        self.most = None
+        self.models = Reply({"object": "list", "data": [{"id": "small"}]})
         self.asked = []  # (path, headers, fields), in order of arrival
         self.under_way = self.most_under_way = 0
         self.slow = {}  # prompt -> seconds
@@ -59,6 +65,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def log_message(self, format, *arguments):
         pass
 
+    def do_GET(self):
+        with self.server.lock:
+            self.server.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, None))
+        self.send(self.server.models, self.server.models.body)
+
     def do_POST(self):
         server = self.server
         fields = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -66,23 +77,27 @@ class Answer(http.server.BaseHTTPRequestHandler):
         prompt = fields["messages"][0]["content"] if chat else fields["prompt"]
         with server.lock:
             server.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, fields))
-            reply = server.replies.popleft() if server.replies else Reply()
+            reply = server.replies.popleft() if server.replies else server.script(fields) or Reply()
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
         time.sleep(reply.delay_s or server.slow.get(prompt, 0))
         with server.lock:
             server.under_way -= 1
+        n = min(fields.get("n", 1), server.most or math.inf)
+        self.send(reply, server.good(chat, prompt, n) if reply.body is None else reply.body)
+
+    def send(self, reply, body):
         if reply.hang_up:
             self.close_connection = True
             return
-        body = server.good(chat, prompt, fields["n"]) if reply.body is None else reply.body
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(reply.status)
         for name, value in (("content-type", "application/json"), *reply.headers):
             self.send_header(name, value)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data[: reply.cut])
+        self.close_connection = self.close_connection or reply.cut is not None
 
 
 @contextlib.contextmanager

@@ -196,8 +196,8 @@ GIVEN_MODEL = {"model.path": "folder", "seed_data.trees": "trees"}
         ({}, "validation.prompts_file", "the oracle of the embedded world"),
         ({}, "lora.alpha", "config.lora.rank is not given"),
         ({"lora.rank": 4}, "lora.alpha", None),
-        ({}, "endpoint.retries", "config.endpoint.url is not given"),
-        ({f"endpoint.{name}": value for name, value in SERVER.items()}, "endpoint.retries", None),
+        ({}, "endpoint.patience_s", "config.endpoint.url is not given"),
+        ({f"endpoint.{name}": value for name, value in SERVER.items()}, "endpoint.patience_s", None),
         ({f"endpoint.{name}": value for name, value in SERVER.items()}, "engine.rows", "no model samples here"),
         (
             {f"endpoint.{name}": value for name, value in SERVER.items()} | {"self_instruction.generator": "folder"},
@@ -223,9 +223,9 @@ def test_a_field_that_changes_nothing_is_named_with_the_reason(changes, given, r
 
 def test_fields_without_effect_are_printed_in_one_line(tree, monkeypatch, capsys):
     monkeypatch.setattr(command, "self_reward", lambda run: [])
-    run_command(tree, None, ["config.lora.alpha", "config.dpo.beta", "config.endpoint.retries"])
+    run_command(tree, None, ["config.lora.alpha", "config.dpo.beta", "config.endpoint.patience_s"])
     assert (
-        "\nno effect in this run: config.lora.alpha (config.lora.rank is not given); config.endpoint.retries "
+        "\nno effect in this run: config.lora.alpha (config.lora.rank is not given); config.endpoint.patience_s "
         "(config.endpoint.url is not given)\n"
     ) in "\n" + capsys.readouterr().out
 
