@@ -1,6 +1,7 @@
 """Completions from a server: `records.Generate` over an OpenAI-compatible HTTP endpoint."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -13,15 +14,17 @@ import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from tqdm import tqdm
 
 from srlm_jax import limits
 from srlm_jax.errors import BadInput, MissingExtra, UserError
 from srlm_jax.limits import Count, Text, above, at_least, one_of
-from srlm_jax.pipeline.protocol import Answer, Failure, read_answer, read_error
+from srlm_jax.pipeline.protocol import Answer, Failure, read_answer, read_error, read_json, retry_after_s
 from srlm_jax.records import Completion, Request, SamplingParams
+
+Read = TypeVar("Read")
 
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 
@@ -171,14 +174,9 @@ class EndpointGenerate:
         """
 
         def models(timeout_s: float) -> Failure | None:
-            answer = self._exchange(self._client.models.with_raw_response.list, timeout_s)
-            if isinstance(answer, Failure):
-                return answer if answer.passes or answer.status in (401, 403) else None  # others list no models
-            try:
-                json.loads(answer)
-            except (ValueError, RecursionError):
-                return Failure(what="GET /models gives no JSON", quoted=answer.decode(errors="replace"))
-            return None
+            answer = self._exchange(self._client.models.with_raw_response.list, timeout_s, read_json)
+            refused = isinstance(answer, Failure) and (answer.passes or answer.status in (401, 403))
+            return answer if refused else None  # with another status it is there and lists no models
 
         self._check(models)
 
@@ -264,11 +262,12 @@ class EndpointGenerate:
         else:
             create = self._client.completions.with_raw_response.create
             fields["prompt"] = prompt
-        answer = self._exchange(create, timeout_s, **fields)
-        return answer if isinstance(answer, Failure) else read_answer(answer, chat, params.stop)
+        return self._exchange(create, timeout_s, lambda body: read_answer(body, chat, params.stop), **fields)
 
-    def _exchange(self, send: Callable, timeout_s: float, **fields: object) -> bytes | Failure:
-        """One HTTP request: the body of an answer with status 200."""
+    def _exchange(
+        self, send: Callable, timeout_s: float, read: Callable[[bytes], Read | Failure], **fields: object
+    ) -> Read | Failure:
+        """One HTTP request: what `read` makes of the body of an answer with status 200."""
         timeout = self._openai.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         try:
             response = send(timeout=timeout, **fields).http_response
@@ -280,13 +279,17 @@ class EndpointGenerate:
             response = error.response
         except self._openai.APIConnectionError as error:
             return Failure(what="no connection", quoted=str(error.__cause__ or error))
-        if response.is_success:
-            return response.content
-        failure = read_error(response.status_code, response.content, response.headers.get("retry-after"))
-        advice = self._advice(failure)
+        read = read if response.is_success else functools.partial(read_error, response.status_code)
+        answer = read(response.content)
+        if not isinstance(answer, Failure):
+            return answer
+        what = answer.what + self._advice(answer)
         if response.history:
-            advice += f" (redirected to {self._public(str(response.url))})"
-        return dataclasses.replace(failure, what=failure.what + advice)
+            what += f" (redirected to {self._public(str(response.url))})"
+        after_s = retry_after_s(response.headers.get("retry-after")) if answer.retry_after_s is None else None
+        return dataclasses.replace(
+            answer, what=what, retry_after_s=answer.retry_after_s if after_s is None else after_s
+        )
 
     def _advice(self, failure: Failure) -> str:
         """Which field has to do with a refusal."""

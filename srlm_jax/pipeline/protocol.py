@@ -55,12 +55,9 @@ def read_answer(body: bytes, chat: bool, stop: Sequence[str]) -> Answer | Failur
     with its first stop string. Half a character (a lone surrogate) becomes U+FFFD. `usage.completion_tokens` is shared
     out by length of text before the cut, extra choices included; where it is no count, all shares are 0.
     """
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        streams = body.lstrip()[:5] == b"data:"
-        what = "the answer is an event stream, which was not asked for" if streams else "the answer is not JSON"
-        return Failure(what=what, quoted=body.decode(errors="replace"))
+    document = read_json(body)
+    if isinstance(document, Failure):
+        return document
     choices = document.get("choices") if isinstance(document, dict) else None
     if not isinstance(choices, list) or not choices:
         if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
@@ -82,20 +79,21 @@ def read_answer(body: bytes, chat: bool, stop: Sequence[str]) -> Answer | Failur
     return Answer(completions=tuple(completions), silence=_silence(choices, completions))
 
 
-def read_error(status: int, body: bytes, retry_after: str | None) -> Failure:
-    """What an answer with another status than 200 says."""
+def read_json(body: bytes) -> object | Failure:
+    """The document in the body of an answer with status 200."""
     try:
-        document = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
-        document = None
-    quoted = body.decode(errors="replace") if document is None else _message(document)
-    return Failure(
-        what=f"HTTP {status}",
-        quoted=quoted,
-        status=status,
-        busy=status == 429,
-        retry_after_s=retry_after_s(retry_after),
-    )
+        streams = body.lstrip()[:5] == b"data:"
+        what = "the answer is an event stream, which was not asked for" if streams else "the answer is not JSON"
+        return Failure(what=what, quoted=body.decode(errors="replace"))
+
+
+def read_error(status: int, body: bytes) -> Failure:
+    """What an answer with another status than 200 says."""
+    document = read_json(body)
+    quoted = document.quoted if isinstance(document, Failure) else _message(document)
+    return Failure(what=f"HTTP {status}", quoted=quoted, status=status, busy=status == 429)
 
 
 def retry_after_s(header: str | None) -> float | None:

@@ -1,23 +1,20 @@
 import dataclasses
-import email.utils
 import gzip
 import json
 import logging
 import math
-import time
 
-import openai
 import pytest
 from completions_server import Reply, Server, echo, serving
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from srlm_jax.pipeline import endpoint, protocol
+from srlm_jax.pipeline import endpoint
 from srlm_jax.pipeline.endpoint import EndpointConfig, EndpointError, EndpointGenerate
 from srlm_jax.records import Completion, Request, SamplingParams
 
-pytest.importorskip("openai", reason="needs the extra `openai`")
+openai = pytest.importorskip("openai", reason="needs the extra `openai`")
 
 PARAMS = SamplingParams(samples=2, temperature=0.7, top_p=0.9, max_new_tokens=20, stop=())
 KEY = "sk-local-0123456789"
@@ -115,14 +112,6 @@ def chat_choice(**changes):
     return {"finish_reason": "stop", "message": {"content": "hi"}} | changes
 
 
-def read(choice, *, chat=True, **document):
-    """The only completion of an answer with this choice."""
-    answer = protocol.read_answer(json.dumps({"choices": [choice]} | document).encode(), chat, ())
-    assert isinstance(answer, protocol.Answer), answer
-    (completion,) = answer.completions
-    return completion
-
-
 # What is asked and what comes back.
 
 
@@ -162,63 +151,12 @@ def test_a_text_ends_with_its_first_stop_string(ask, server):
     assert "stop" not in server.asked[0][2]  # the server would leave the score out
 
 
-@pytest.mark.parametrize(
-    ("reason", "finished"),
-    [
-        ("stop", True), ("STOP", True), ("eos", True), ("eos_token", True), ("end_turn", True), ("stop_sequence", True),
-        ("length", False), ("MAX_TOKENS", False), ("content_filter", False), ("error", False), ("abort", False),
-        ("tool_calls", False), ("function_call", False), ("no such reason", False), ("", False), (None, False),
-        (5, False), (["stop"], False), ({"stop": 1}, False), (True, False),
-    ],
-)  # fmt: skip
-def test_only_a_text_that_the_model_ended_is_finished(reason, finished):
-    assert read(chat_choice(finish_reason=reason)) == Completion(text="hi", tokens=0, finished=finished)
-
-
-def test_a_choice_without_a_reason_is_not_finished():
-    assert read({"message": {"content": "hi"}}) == Completion(text="hi", tokens=0, finished=False)
-
-
 def test_tokens_are_shared_out_by_length_and_add_up(ask, server):
     choices = [{"finish_reason": "stop", "text": text} for text in ("a" * 10, "", "b" * 20, "c")]
     server.replies.append(Reply({"choices": choices, "usage": {"completion_tokens": 11}}))
     ((drawn,),) = ask(request("a", chat=False), samples=4)
     assert [c.tokens for c in drawn] == [4, 0, 7, 0]
     assert ask.reported == [(4, 11)]
-
-
-@pytest.mark.parametrize(
-    ("usage", "tokens"),
-    [
-        ({"completion_tokens": 7}, 7), ({"completion_tokens": "7"}, 7), ({"completion_tokens": 7.0}, 7), (None, 0),
-        ({}, 0), ([], 0), ("7", 0), ({"completion_tokens": None}, 0), ({"completion_tokens": -1}, 0),
-        ({"completion_tokens": True}, 0), ({"completion_tokens": 7.5}, 0), ({"completion_tokens": 10**300}, 0),
-        ({"completion_tokens": math.nan}, 0), ({"completion_tokens": math.inf}, 0), ({"completion_tokens": [7]}, 0),
-        ({"completion_tokens": "²"}, 0), ({"completion_tokens": "9" * 5_000}, 0),
-    ],
-)  # fmt: skip
-def test_tokens_are_counted_where_the_server_counts(usage, tokens):
-    assert read(chat_choice(), usage=usage).tokens == tokens
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ([{"type": "text", "text": "so"}, {"type": "text", "text": " it is"}], "so it is"),
-        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "4"}], "4"),
-        ([{"type": "output_text", "text": "a"}, "b", {"text": "c"}, {"type": "image_url"}], "abc"),
-        ([], ""),
-        ("half \ud83d", "half \ufffd"),
-        ("whole \ud83d\ude00", "whole \U0001f600"),
-    ],
-)
-def test_content_may_be_parts_and_hold_half_a_character(content, text):
-    assert read(chat_choice(message={"content": content})).text == text
-
-
-def test_reasoning_is_no_part_of_the_text():
-    message = {"content": "Score: 4", "reasoning_content": "Score: 1?", "reasoning": "Score: 2?"}
-    assert read(chat_choice(message=message)).text == "Score: 4"
 
 
 @pytest.mark.parametrize(
@@ -238,23 +176,6 @@ def test_null_for_a_text_is_an_empty_completion(ask, server, chat, choice):
     ((drawn,),) = ask(request("a", chat=chat))
     assert drawn == (*nothing(1), *completions("hi", tokens=0))
     assert len(server.asked) == 1
-
-
-def test_null_is_no_finished_text_whatever_the_reason():
-    assert read(chat_choice(message={"content": None})) == Completion(text="", tokens=0, finished=False)
-    thought = [{"type": "thinking", "thinking": "hm"}]
-    assert read(chat_choice(message={"content": thought})) == Completion(text="", tokens=0, finished=False)
-    assert read(chat_choice(message={"content": ""})) == Completion(text="", tokens=0, finished=True)
-
-
-def test_choices_are_put_in_order_where_they_are_numbered():
-    def texts(*indices):
-        choices = [{"text": str(i), "index": index} for i, index in enumerate(indices)]
-        answer = protocol.read_answer(json.dumps({"choices": choices}).encode(), False, ())
-        return "".join(completion.text for completion in answer.completions)
-
-    assert texts(2, 0, 1) == texts("2", "0", "1") == texts(2.0, 0, "1") == "120"
-    assert texts(0, 0, 0) == texts(2, None, 1) == texts(2, "x", []) == "012"
 
 
 def test_choices_beyond_those_asked_for_are_dropped(ask, server):
@@ -435,21 +356,13 @@ def test_pauses_double_up_to_a_limit_and_differ():
         Reply({}, 429, (("Retry-After", "17"),)),
         Reply({"error": {"code": 429, "retry_after": 17}}),
         Reply({"error": {"code": 429, "retry_after": "17"}}),
+        Reply({"error": {"code": 429}}, headers=(("Retry-After", "17"),)),
     ],
 )
 def test_a_server_says_when_to_try_again(ask, server, clock, reply):
     server.replies.extend([reply])
     ask(request("a"))
     assert clock.waits == [17.0]
-
-
-def test_retry_after_is_seconds_or_a_date():
-    assert protocol.retry_after_s("0.5") == 0.5
-    assert protocol.retry_after_s("-3") == 0.0
-    later = email.utils.formatdate(time.time() + 1e6, usegmt=True)
-    assert 0.9e6 < protocol.retry_after_s(later) <= 1e6
-    assert protocol.retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert [protocol.retry_after_s(header) for header in (None, "soon", "", "nan", "inf", "9" * 400)] == [None] * 6
 
 
 @pytest.mark.parametrize("patience_s", [0.0, 900.0])
@@ -800,8 +713,8 @@ def test_a_server_may_serve_another_model_or_list_none(config, server, clock, mo
         (Reply({"error": f"wrong key {KEY}"}, 401), r"HTTP 401 \(.*key_variable is 'LOCAL_KEY'\): 'wrong key <key>'"),
         (Reply({}, 403), r"HTTP 403 \(.*key_variable is 'LOCAL_KEY'\)"),
         (Reply({}, 503), "HTTP 503"),
-        (Reply(b"<html>"), "GET /models gives no JSON: '<html>'"),
-        (Reply(b"[" * 100_000), "GET /models gives no JSON"),
+        (Reply(b"<html>"), "the answer is not JSON: '<html>'"),
+        (Reply(b"[" * 100_000), "the answer is not JSON"),
         (Reply(hang_up=True), "no connection"),
     ],
 )
@@ -911,6 +824,6 @@ def test_what_was_silent_names_no_key(ask, server, capfd):
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(config, change):
-    with pytest.raises(ValueError, match="must be") as caught:
+    with pytest.raises(ValueError, match=r"must (be|hold)") as caught:
         dataclasses.replace(config, **change)
     assert "sk-secret" not in str(caught.value)
