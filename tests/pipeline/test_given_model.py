@@ -272,7 +272,7 @@ def test_a_key_that_is_not_there_is_missed_before_anything_is_trained(config, se
 def test_a_server_that_cannot_be_used_is_missed_before_anything_is_trained(config, server, field, changes):
     server.script = lambda fields: Reply({"error": "no such model"}, 404)
     server.models = Reply({"error": "who?"}, 401)
-    changes[f"{field.replace('.', '__')}"] = served(server, "{name}")
+    changes = changes | {field.replace(".", "__"): served(server, "{name}")}
     with pytest.raises(EndpointError, match=rf"^config\.{field} \(http://.*: HTTP 40[14]"):
         checks.check_servers(open_run(config(**changes)))
 
