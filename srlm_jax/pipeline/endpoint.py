@@ -81,16 +81,23 @@ class EndpointGenerate:
     Stop strings are not sent but searched for in what comes back: servers leave the string itself out, which a score
     may be part of, and take four of them at most. So a request may cost tokens that are then dropped.
 
-    What may pass is tried again for `patience_s` seconds after the first failure: no connection, no answer in time,
-    status 408, 409, 425, 429 and 5xx, a body that is no JSON, an error object in place of an answer. An answer that has
-    come and cannot be read is tried three times in all. Each pause is what the server asks for in Retry-After, or else
-    doubles up to a minute, less up to half of it at random. Failures are said on stderr, in growing intervals.
+    A request whose failure may pass is tried again for `patience_s` seconds after the first failure: no connection, no
+    answer in time, status 408, 409, 425, 429 and 5xx, a body that is no JSON, an error object in place of an answer. A
+    request whose answer has completions that cannot be read is sent three times at most. A pause is as long as the
+    server asks for in Retry-After; else it doubles up to a minute, less up to half of it at random. Failures are
+    printed on stderr, at growing intervals.
 
-    When a request has failed for good, a plain prompt shows what is at fault. Where that fails as well, and always
-    after status 401, 403, 404 and the other refusals, the server or a setting is at fault, and the call ends. Else the
-    prompt is at fault: its completions are empty and not finished, and it is counted. So is a prompt whose completions
-    are all empty and not finished as the server sends them, unless its content filter withheld them. Where one prompt
-    or more is without an answer, a warning says how many; where more than one in 20 are, the call ends.
+    What follows when a request has failed for good:
+
+    - After status 401, 403, 404 and other refusals than 400, 413 and 422 the call ends.
+    - After any other failure a plain prompt is sent. If it fails too, the server or a setting is at fault, and the call
+      ends.
+    - If it is answered, the prompt is at fault. Its missing completions are empty and not finished, and it counts as a
+      prompt without an answer.
+
+    A prompt also counts as one without an answer if the server sends only empty completions that are not finished,
+    unless its content filter withheld them. A warning says how many such prompts there are. If they are more than one
+    in 20 of the prompts of this object, and more than one, the call ends.
 
     `field` is the full name of the configuration's field that `config` comes from; every message begins with it.
 
@@ -158,8 +165,8 @@ class EndpointGenerate:
         return [tuple(prompts) for prompts in results]
 
     def check(self, chat: bool, params: SamplingParams) -> None:
-        """Asks for completions of a short prompt, as a stage with these `params` will: within seconds, since a server
-        that takes longer is there.
+        """Asks for completions of a short prompt, as a stage with these `params` will. It takes seconds: a server that
+        takes longer to answer is there, and passes.
 
         Raises:
           EndpointError: it cannot be reached, or refuses the key, the model or a parameter, or answers nonsense.
