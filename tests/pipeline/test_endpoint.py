@@ -312,7 +312,7 @@ def test_what_does_not_pass_is_said_at_once(ask, server, status):
 @pytest.mark.parametrize("status", [401, 403, 404, "401"])
 def test_an_error_in_place_of_an_answer_counts_as_its_status(ask, server, status):
     server.script = always(Reply({"error": {"message": "who?", "code": status}}))
-    with pytest.raises(EndpointError, match=rf"an error in place of an answer \(status {status}\): 'who\?'"):
+    with pytest.raises(EndpointError, match=rf"an error in place of an answer \(status {status}\).*: 'who\?'"):
         ask(request("a"))
     assert len(server.asked) == 1
 
@@ -602,7 +602,7 @@ def put(tree, path, value):
 def test_any_answer_is_read_or_an_endpoint_error(server, clock, capfd, path, value, chat, status, cut):
     body = json.dumps(put(VALID, path, value)).encode()
     server.script = lambda fields: None if prompt_of(fields) == PLAIN else Reply(body, status, cut=cut)
-    generate = EndpointGenerate(config_of(server, concurrency=1), FIELD)
+    generate = EndpointGenerate(config_of(server, concurrency=1, patience_s=3.0), FIELD)
     try:
         (((one, other),),) = generate([request("a", chat=chat)], PARAMS, lambda *_: None)
     except EndpointError as error:
