@@ -30,7 +30,7 @@ setup(
         "etils[epath]>=1.9",
         "grain>=0.2.10",
         "jaxtyping>=0.3",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",  # earlier sandboxes let templates out, and a model's chat template may be hostile
         "ml-collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.5",

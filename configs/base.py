@@ -157,6 +157,7 @@ def tiny() -> ConfigDict:
     c.reference_batch = 64
     c.model = model(presets.tiny())
     c.chat = "plain"
+    c.chat_system = config_dict.placeholder(str)
     c.endpoint = endpoint()  # a server that samples from the models of this run
     c.lora = lora()
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
@@ -281,6 +282,7 @@ def llama(preset: LlamaConfig, *, chat: str, tensor: int, generator: str | None)
     c.reference_batch = 32  # log-probabilities take no gradient, so more rows at a time than a training step has
     c.model = model(preset)
     c.chat = chat  # the paper does not say how Llama 2 is asked; later work of its authors wraps prompts in [INST]
+    c.chat_system = config_dict.placeholder(str)  # "" for none; unless given, what the model's own template has
     c.lora = lora()
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": tensor})
     # 64 rows of 1,024 new tokens are 34 GB of keys and values in a 7B, and 21 GB in a 70B, whose heads share them; a

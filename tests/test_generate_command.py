@@ -1,20 +1,29 @@
 """The command: prompts in, completions out, the same whatever interrupts it."""
 
+import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import pytest
 import sentencepiece
+import tokenizers
+from absl import flags
+from absl.testing import flagsaver
 from etils import epath
 
+from srlm_jax import generate as command
+from srlm_jax.errors import UserError
 from srlm_jax.generate import generate
 from srlm_jax.model import config_files, weights
 from srlm_jax.pipeline.generate import open_model
 from srlm_jax.records import Responses, SamplingParams
 from srlm_jax.sampling.engine import EngineConfig
 from srlm_jax.storage import jsonl
+from srlm_jax.text import chat
 from srlm_jax.text.chat import PLAIN
+from srlm_jax.text.tokenizer import load_tokenizer
 
 TEXTS = ("two words more", "more two words", "words more two", "and two words", "words and more")
 PROMPTS = [f'{{"id": "p{i}", "prompt": "{text}"}}' for i, text in enumerate(TEXTS)]
@@ -47,7 +56,7 @@ def folder(tmp_path, make_llama, tokenizer_model):
 
 def run(folder, output, params=DRAWN, prompts="prompts.jsonl", **changes):
     arguments = {
-        "chat_format": "none", "seed": 0, "tensor": 1, "shard_prompts": 2,
+        "chat_format": "none", "system": None, "seed": 0, "tensor": 1, "shard_prompts": 2,
         "engine": EngineConfig(rows=4, steps=2, weights=None, cache=None),
     } | changes  # fmt: skip
     generate(folder, folder.parent / prompts, folder.parent / output, params=params, **arguments)
@@ -56,7 +65,9 @@ def run(folder, output, params=DRAWN, prompts="prompts.jsonl", **changes):
 
 def test_a_model_from_a_folder_is_rounded_as_the_engine_says(folder, one_device):
     config = EngineConfig(rows=4, steps=2, weights="int8", cache="int8")
-    source = open_model(folder, one_device("data", "tensor"), chat_format=PLAIN, config=config, key=jax.random.key(0))
+    mesh = one_device("data", "tensor")
+    key = jax.random.key(0)
+    source = open_model(folder, load_tokenizer(folder), mesh, chat_format=PLAIN, config=config, key=key)
     assert all(block.up.values.dtype == "int8" for block in source.model.blocks)
     assert len(run(folder, "out.jsonl", engine=config)) == len(PROMPTS)
 
@@ -130,6 +141,146 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_file(folder, monkeypatch
     monkeypatch.setattr(jsonl, "write", lambda path, records: (made.append(path), write(path, records)))
     assert run(folder, "again.jsonl") == whole
     assert not set(made) & set(written)  # what was there was not made again
+
+
+def test_an_output_goes_on_with_the_parts_it_was_begun_with(folder, monkeypatch):
+    whole = run(folder, "whole.jsonl")
+    write = jsonl.write
+
+    def killed(path, records):
+        if path.name.startswith("shard") and list(path.parent.glob("shard*")):
+            raise KeyboardInterrupt
+        write(path, records)
+
+    for first, second in ((2, 1), (1, 3)):
+        monkeypatch.setattr(jsonl, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, f"{first}.jsonl", shard_prompts=first)
+        monkeypatch.undo()
+        assert run(folder, f"{first}.jsonl", shard_prompts=second) == whole
+
+
+def write_prompts(folder, *texts):
+    lines = [json.dumps({"id": f"p{i}", "prompt": text}) for i, text in enumerate(texts)]
+    (folder.parent / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def stories(tmp_path, stories260k):
+    folder = tmp_path / "stories"
+    shutil.copytree(stories260k / "hf", folder)
+    return folder
+
+
+def test_prompt_and_completion_are_the_text_as_the_model_wrote_it(stories, stories260k):
+    published = (stories260k / "greedy_200.txt").read_text()
+    write_prompts(stories, "Once upon a", "", published[:40], published[:42].rstrip())
+    answers = run(stories, "out.jsonl", dataclasses.replace(GREEDY, max_new_tokens=12))
+    for answer in answers:
+        text = answer.prompt + answer.completions[0].text
+        assert published.startswith(text) and len(text) > len(answer.prompt) + 10
+    assert answers[0].completions[0].text.startswith(" time")
+
+
+def byte_level(folder, **config):
+    """Gives the model a byte-level tokenizer.json instead, with 3 control tokens of 40."""
+    (folder / "tokenizer.model").unlink()
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzĠĊ")}, [])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_an_empty_prompt_needs_a_begin_token(folder, monkeypatch):
+    write_prompts(folder, "two", "")
+    byte_level(folder)
+    monkeypatch.setattr(weights, "load", None)  # nothing is loaded before
+    with pytest.raises(UserError, match=r"prompt 'p1' is empty, and .*tokenizer\.json puts no begin token"):
+        run(folder, "out.jsonl")
+    monkeypatch.undo()
+    byte_level_config = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(byte_level_config))
+    assert len(run(folder, "out.jsonl", GREEDY)) == 2
+
+
+def test_blank_messages_are_counted(folder, capsys):
+    write_prompts(folder, "two", "", "  ")
+    assert len(run(folder, "out.jsonl", GREEDY, chat_format="plain")) == 3
+    assert "note: 2 of 3 prompts are blank" in capsys.readouterr().err
+
+
+def test_prompts_longer_than_the_model_was_made_for_are_counted(folder, capsys):
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(document | {"max_position_embeddings": 16}))
+    write_prompts(folder, "two", "two words and more " * 9, "and two more words " * 9)
+    run(folder, "out.jsonl", GREEDY)
+    said = capsys.readouterr().err
+    assert "warning: 2 of 3 prompts have more than 16 tokens together with --max_new_tokens=6" in said
+    write_prompts(folder, "two")
+    run(folder, "short.jsonl", GREEDY)
+    assert "warning" not in capsys.readouterr().err
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nbe kind<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+
+
+def test_the_system_prompt_is_the_models_own_or_the_one_that_is_given(folder, capsys, monkeypatch):
+    byte_level(folder, chat_template=CHATML)
+    asked = []
+    encode = chat.encode_prompt
+    monkeypatch.setattr(chat, "encode_prompt", lambda t, c, text: asked.append(c.system) or encode(t, c, text))
+    for system, told, said in (
+        (None, "be kind", "has a system prompt of its own, 'be kind', which is used; --system='' leaves it out"),
+        ("", "", "--system is '': without it the template is followed"),
+        ("be rude", "be rude", ""),
+    ):
+        asked.clear()
+        run(folder, f"{told}.jsonl", GREEDY, chat_format="chatml", system=system)
+        assert set(asked) == {told}
+        printed = capsys.readouterr().err
+        assert said in printed and ("note:" in printed) == bool(said)
+    with pytest.raises(UserError, match="--format=none continues texts"):
+        run(folder, "none.jsonl", system="be kind")
+    with pytest.raises(UserError, match="no place for a system prompt"):
+        run(folder, "plain.jsonl", system="be kind", chat_format="plain")
+
+
+def test_a_padding_token_beyond_the_models_rows_is_no_obstacle(folder):
+    (folder / "added_tokens.json").write_text('{"<pad>": 40}')
+    assert len(run(folder, "out.jsonl")) == len(PROMPTS)
+    (folder / "added_tokens.json").unlink()
+    byte_level(folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    assert max(token["id"] for token in document["added_tokens"]) < 40
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": -1.0}, "top_p is -1.0"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+    ],
+)
+def test_a_value_that_sampling_cannot_use_is_refused_before_anything_is_read(flag, said, capsys):
+    known = {"checkpoint": "nowhere", "prompts": "nowhere", "output": "nowhere"}
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["generate"])
+    with flagsaver.flagsaver(**known, **flag), pytest.raises(SystemExit):
+        command.main(["generate"])
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_an_output_that_is_there_is_left_alone(folder):

@@ -57,9 +57,9 @@ def read_ranked(source: epath.PathLike, name: str) -> tuple[list[RankedPrompt], 
     return _read(source, name, RankedPrompt)
 
 
-def read_prompts(source: epath.PathLike, name: str) -> tuple[list[Prompt], dict[str, int]]:
-    """A fixed set of prompts, of origin "user"; raises as `read_examples` does."""
-    found, counts = _read(source, name, PromptRow)
+def read_prompts(source: epath.PathLike, name: str, *, blank: bool = False) -> tuple[list[Prompt], dict[str, int]]:
+    """A fixed set of prompts, of origin "user"; raises as `read_examples` does. With `blank` they may be empty."""
+    found, counts = _read(source, name, PromptRow, blank=blank)
     return [Prompt(id=row.id, text=row.prompt, origin="user") for row in found], counts
 
 
@@ -110,7 +110,9 @@ def _keys(records: Iterable[Example | RankedPrompt]) -> set[str]:
     return {same_text_key(record.prompt) for record in records}
 
 
-def _read(source: epath.PathLike, name: str, cls: type[Record]) -> tuple[list[Record], dict[str, int]]:
+def _read(
+    source: epath.PathLike, name: str, cls: type[Record], *, blank: bool = False
+) -> tuple[list[Record], dict[str, int]]:
     columns = [field.name for field in dataclasses.fields(cls) if field.name not in ("id", "finished")]
     found, places = [], {}
     for number, (where, row) in enumerate(rows.read(source, ("id", *columns)), start=1):
@@ -123,7 +125,7 @@ def _read(source: epath.PathLike, name: str, cls: type[Record]) -> tuple[list[Re
         if cls is Example:
             row["finished"] = True  # a human's answer is whole
         record = jsonl.decode(where, row, cls, rows.ADVICE)
-        problem = _fault(record)
+        problem = None if blank and cls is PromptRow else _fault(record)
         if problem is None and record.id in places:
             problem = f"id '{record.id}' is already that of {places[record.id]}"
         if problem is not None:

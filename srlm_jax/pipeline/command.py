@@ -82,6 +82,8 @@ def _introduced(run: Run) -> str:
     model = run.settings.model
     said = f"model: {model.path}, {model.llama.parameters:,} parameters, {run.tokenizer.vocabulary:,} tokens"
     said += f"; chat format: {run.settings.chat}"
+    if run.chat_note is not None:
+        said += f"\nnote: {run.chat_note}"
     seen = config_files.hf_fields(epath.Path(model.path)).get("max_position_embeddings")
     if isinstance(seen, int) and seen < run.settings.context_length:
         said += (

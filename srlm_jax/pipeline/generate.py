@@ -16,7 +16,7 @@ from srlm_jax.parallel import rules
 from srlm_jax.records import Completion, Request, SamplingParams, WatchedCompletion
 from srlm_jax.sampling import engine
 from srlm_jax.text import chat
-from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from srlm_jax.text.tokenizer import Tokenizer, check_vocabulary
 
 
 def words_32(text: str, count: int) -> tuple[int, ...]:
@@ -45,7 +45,11 @@ class ModelGenerate:
     def __call__(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int, int], None]
     ) -> list[tuple[tuple[Completion, ...], ...]]:
-        """See `records.Generate`. The texts hold the stop string that ended them, but never the end token."""
+        """See `records.Generate`. The texts hold the stop string that ended them, but never the end token.
+
+        Prompt and text together are what a model wrote that continues a text: where it went on with a new word, the
+        text begins with a space. An answer in a chat begins with its first word.
+        """
         ends = self._ends()
         watched = watched_ids(self.tokenizer, requests[0].watched if requests else ())
         if any(request.watched != requests[0].watched for request in requests):
@@ -63,7 +67,10 @@ class ModelGenerate:
             temperature=params.temperature,
             top_p=params.top_p,
             max_new_tokens=params.max_new_tokens,
-            stops=(*((end,) for end in ends), *(self._encode_stop(stop) for stop in params.stop)),
+            stops=(
+                *((end,) for end in ends),
+                *(tuple(chat.encode_within(self.tokenizer, stop)) for stop in params.stop),
+            ),
             watched=tuple(id for ids in watched for id in ids),
         )
         drawn = engine.sample(
@@ -77,8 +84,11 @@ class ModelGenerate:
             work=self.work,
         )
         return [
-            tuple(tuple(self._decode(sample, ends, params.stop, watched) for sample in samples) for samples in prompts)
-            for prompts in drawn
+            tuple(
+                tuple(self._decode(sample, ends, params.stop, watched, request, ids) for sample in samples)
+                for ids, samples in zip(group.prompts, prompts, strict=True)
+            )
+            for request, group, prompts in zip(requests, groups, drawn, strict=True)
         ]
 
     def _ends(self) -> tuple[int, ...]:
@@ -90,17 +100,23 @@ class ModelGenerate:
             return tuple(chat.encode_prompt_with_opening(self.tokenizer, self.chat_format, text, request.opening))
         return tuple(chat.encode_opening(self.tokenizer, text))
 
-    def _encode_stop(self, stop: str) -> engine.Ids:
-        """A stop string as it looks behind other text: SentencePiece puts a space before the first word of all."""
-        before = self.tokenizer.encode("\n")
-        both = self.tokenizer.encode(f"\n{stop}")
-        return tuple(both[len(before) :] if both[: len(before)] == before else self.tokenizer.encode(stop))
-
     def _decode(
-        self, sample: engine.Sample, ends: Sequence[int], stop: Sequence[str], watched: Sequence[engine.Ids]
+        self,
+        sample: engine.Sample,
+        ends: Sequence[int],
+        stop: Sequence[str],
+        watched: Sequence[engine.Ids],
+        request: Request,
+        prompt: engine.Ids,
     ) -> Completion:
         ids = sample.ids[:-1] if sample.ids and sample.ids[-1] in ends else sample.ids
-        text = self.tokenizer.decode(ids)
+        decode = self.tokenizer.decode if sample.finished else self.tokenizer.decode_cut
+        whole, left_out = decode(ids), ""
+        if not request.chat:
+            whole = self._continued(whole, decode((*prompt, *ids)), prompt)
+        elif not request.opening and whole.startswith(self.chat_format.begin_response):
+            left_out = self.chat_format.begin_response
+        text = whole.removeprefix(left_out)
         # The engine compares tokens, and a stop string's first letters may be in a token with those before it.
         cuts = [text.index(string) + len(string) for string in stop if string in text]
         completion = Completion(
@@ -110,8 +126,16 @@ class ModelGenerate:
             return completion
         return WatchedCompletion(
             **vars(completion),
-            probabilities=lambda start, skipped: self._probabilities(sample, ends, watched, start, skipped),
+            probabilities=lambda start, skipped: self._probabilities(
+                sample, ends, watched, len(left_out) + start, skipped
+            ),
         )
+
+    def _continued(self, alone: str, both: str, prompt: engine.Ids) -> str:
+        """What follows the prompt in the text of `both`. `alone` is that text by itself, from which a tokenizer may
+        have left out the space before its first word."""
+        known = self.tokenizer.decode(prompt)
+        return both.removeprefix(known) if both.startswith(known) else alone
 
     def _probabilities(
         self,
@@ -151,26 +175,27 @@ def watched_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[engine.Ids,
 
 def open_model(
     folder: epath.PathLike,
+    tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     *,
     chat_format: chat.ChatFormat,
     config: engine.EngineConfig,
     key: jax.Array,
 ) -> ModelGenerate:
-    """A Llama from its folder, in any layout that `model.weights` reads, with the tokenizer beside it; laid out for
-    sampling, in the type it is kept in or as `config` rounds it.
+    """A Llama from its folder, in any layout that `model.weights` reads, with its tokenizer; laid out for sampling, in
+    the type it is kept in or as `config` rounds it.
 
     Raises:
       BadModelFile, BadCheckpoint: the model cannot be read.
-      ValueError: the tokenizer cannot be used, or is another model's.
-      FileNotFoundError: the folder, or a tokenizer in it, is missing.
+      BadInput: the tokenizer is another model's, or the chat format is.
+      FileNotFoundError: the folder is missing.
     """
     folder = epath.Path(folder)
     sizes = weights.read_config(folder, param_dtype="float32", compute_dtype="float32", remat="dots")
     dtype = weights.source_dtype(folder, sizes)
     sizes = dataclasses.replace(sizes, param_dtype=dtype, compute_dtype=dtype)
-    tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, sizes.V)
+    chat.check_format(tokenizer, chat_format, sizes.V)
     places = rules.model_shardings(mesh, rules.SAMPLE, llama.abstract(sizes))
     model = quantized.quantize(weights.load(folder, sizes, places), config.weights)
     return ModelGenerate(

@@ -30,8 +30,11 @@ from srlm_jax.records import Completion, Generate, Request, SamplingParams
 from srlm_jax.sampling import engine
 from srlm_jax.sampling.engine import Work
 from srlm_jax.storage import checkpoint, jsonl, rows
-from srlm_jax.text.chat import FORMATS, PLAIN, ChatFormat, encode_prompt
+from srlm_jax.text import templates
+from srlm_jax.text.chat import FORMATS, PLAIN, ChatFormat, check_format, with_system
 from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
+
+CHAT_FIELDS = templates.Fields(chat="config.chat", system="config.chat_system")
 
 Item = TypeVar("Item")
 Record = TypeVar("Record")
@@ -58,6 +61,7 @@ class Run:
     ledger: Ledger
     tokenizer: Tokenizer
     rubric: Rubric
+    chat_note: str | None  # for the user, where the model's own chat template needs a word
     train_mesh: jax.sharding.Mesh
     sample_mesh: jax.sharding.Mesh
     live: LiveModel
@@ -70,10 +74,10 @@ class Run:
     @property
     def chat(self) -> ChatFormat:
         """How instructions and answers become tokens."""
-        return FORMATS[self.settings.chat]
+        return with_system(FORMATS[self.settings.chat], self.settings.chat_system or "")
 
     # The settings that every stage depends on which samples.
-    SAMPLING = ("chat", "engine", "endpoint", "shard_prompts")
+    SAMPLING = ("chat", "chat_system", "engine", "endpoint", "shard_prompts")
     # Those that every judgement depends on. The others of config.judging do not change what a model of this run writes.
     JUDGING = tuple(
         f"judging.{name}" for name in ("samples", "temperature", "top_p", "max_new_tokens", "stop", "prefix")
@@ -160,6 +164,7 @@ class Run:
         know the marks of this run's format."""
         return open_model(
             folder,
+            load_tokenizer(folder),
             self.sample_mesh,
             chat_format=PLAIN,
             config=self.settings.engine,
@@ -287,7 +292,9 @@ def make_run(settings: Settings, code: str) -> Run:
             f"{', '.join(POINTS)} behind a colon: take 'votes'"
         )
     with naming("config.chat"):
-        encode_prompt(tokenizer, FORMATS[settings.chat], "")  # which looks up the marks
+        chat, note = templates.resolve(path, tokenizer, settings.chat, settings.chat_system, CHAT_FIELDS)
+        check_format(tokenizer, chat, settings.model.V)
+    settings = dataclasses.replace(settings, chat_system=chat.system)
     train_mesh, sample_mesh = meshes.train_mesh(settings.mesh), meshes.sample_mesh(settings.mesh)
     check_adapters(settings)
     check_batches(settings, train_mesh.shape["data"] * train_mesh.shape["fsdp"])
@@ -299,6 +306,7 @@ def make_run(settings: Settings, code: str) -> Run:
         ledger=Ledger(workdir, code),
         tokenizer=tokenizer,
         rubric=rubric,
+        chat_note=note,
         train_mesh=train_mesh,
         sample_mesh=sample_mesh,
         live=LiveModel(None, None),

@@ -177,6 +177,7 @@ class Settings:
     reference_batch: Count  # rows at a time when log-probabilities are computed
     model: ModelSettings
     chat: Annotated[str, one_of(*FORMATS)]  # the format of instructions and answers
+    chat_system: str | None  # the system prompt of every exchange, "" for none; None: what the model's template has
     lora: LoraConfig  # of SFT and DPO
     mesh: MeshShape
     engine: EngineConfig
@@ -193,6 +194,11 @@ class Settings:
     validation: Validation
 
     def __post_init__(self):
+        if self.chat_system and FORMATS[self.chat].around_system is None:
+            raise BadConfig(
+                f"config.chat_system is {self.chat_system!r}, and config.chat={self.chat} has no place for a system "
+                "prompt: leave it out, or choose another format"
+            )
         if self.responses.samples < 2:
             raise BadConfig(f"config.responses.samples is {self.responses.samples}: a pair needs at least 2 responses")
         if self.seed_data.ift is None:

@@ -26,7 +26,7 @@ from srlm_jax.records import (
 )
 from srlm_jax.sampling import engine
 from srlm_jax.storage import checkpoint, jsonl
-from srlm_jax.text import chat
+from srlm_jax.text import chat, templates
 from srlm_jax.train.first_step import FirstStep
 from srlm_jax.train.loop import TrainConfig, train
 from srlm_jax.train.objectives import DpoObjective, Objective, SftObjective, compiled_logprobs
@@ -80,7 +80,7 @@ def _train_stage(
         f"{name}/{output}"
         for output in ("checkpoint", "train_state", "metrics.jsonl", "first_step.json", "tensorboard")
     ]
-    fields = (part, "model", "chat", "logprob_chunk", "length_multiple", "context_length", "packed")
+    fields = (part, "model", "chat", "chat_system", "logprob_chunk", "length_multiple", "context_length", "packed")
     config = run.config(*fields, *(() if lora is None else ("lora",)))
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
     # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
@@ -95,7 +95,10 @@ def _save(run: Run, name: str, model: Llama) -> str:
     if hosts.is_main():
         if not run.embedded:
             folders.copy_companions(epath.Path(run.settings.model.path), folder)
-        run.tokenizer.save(folder)
+        if name == "m0":  # as it came: nothing is trained in a chat format yet
+            run.tokenizer.save(folder)
+        else:
+            templates.save_tokenizer(folder, run.tokenizer, run.chat)
     facts = {"config": checkpoint.config_facts(run.settings.model.llama)}
     if not run.embedded:
         facts["hf"] = config_files.hf_fields(epath.Path(run.settings.model.path))
@@ -294,7 +297,14 @@ def reference_logprobs(run: Run, name: str, start: str) -> None:
         f"{name}/reference",
         work,
         config=run.config(
-            "model", "chat", "logprob_chunk", "length_multiple", "packed", "reference_batch", "shard_prompts"
+            "model",
+            "chat",
+            "chat_system",
+            "logprob_chunk",
+            "length_multiple",
+            "packed",
+            "reference_batch",
+            "shard_prompts",
         ),
         inputs=(f"{name}/pairs", f"{start}/train"),
         outputs=(f"{name}/reference",),

@@ -21,8 +21,27 @@ from srlm_jax.errors import BadInput
 from srlm_jax.limits import Count, Share, Text
 from srlm_jax.records import Completion
 
-_NUMBERED = re.compile(r"\n\s*[0-9]+\s?\.(?:\s|\Z)")
-_OWN_NUMBER = re.compile(r"[0-9]+\s?\.\s")
+# What announces tasks and is none: "Sure! Here are some tasks:", "Here is another one for you to try:".
+_ASSENT = re.compile(
+    r"(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|great|no problem)\s*(?:[!,.:]\s*|\n+|\Z)",
+    re.IGNORECASE,
+)
+_ANNOUNCEMENT = re.compile(
+    r"(?:here(?:'s|\u2019s| is| are)|below (?:is|are))\s+"
+    r"(?:[\w-]+\s+){0,6}?(?:tasks?|instructions?|prompts?|one|ones)\b[^\n:.!?]{0,60}(?::\s*|\n+|\Z)",
+    re.IGNORECASE,
+)
+# What a list puts before each task: "9.", "9)", "-", "Task 9:", "**Task 9:**", "### Instruction".
+_NAME = r"(?:new\s+)?(?:task|instruction|prompt)(?:\s+(?:no\.?\s*|number\s*|#\s*)?[0-9]+)?"
+_MARKUP = r"(?:\*\*|__|\#{1,6}\s)?"
+_LABEL = rf"{_MARKUP}\s*{_NAME}\s*(?:\*\*|__)?\s*(?::\s*(?:\*\*|__)?|\n)\s*"
+_MARKERS = tuple(
+    re.compile(marker, re.IGNORECASE) for marker in (_LABEL, r"\(?[0-9]+\s?[.):](?:\s+|\Z)", r"[-*+\u2022](?:\s+|\Z)")
+)
+_NUMBERED = re.compile(rf"\n\s*(?:[0-9]+\s?\.(?:\s|\Z)|{_LABEL})", re.IGNORECASE)
+_PARENTHESIS = re.compile(r"\n\s*\(?[0-9]+\s?\)(?:\s|\Z)")
+_BULLET = re.compile(r"\n\s*[-*+\u2022](?:\s|\Z)")
+_QUOTES = (("**", "**"), ("__", "__"), ('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("\u00ab", "\u00bb"), ("`", "`"))
 _END_OF_TASK = re.compile(r"\n[^\S\n]*(?:\n|[-=*#_~]{3}|(?:answer|output|response|solution)[^\S\n]*:)", re.IGNORECASE)
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -32,6 +51,7 @@ class Rejection(enum.StrEnum):
 
     UNFINISHED = "unfinished"  # the length limit cut the completion, and perhaps its first task
     EMPTY = "empty"
+    INCOMPLETE = "incomplete"  # ends in a colon: it announces a text that is not there
     TOO_SHORT = "too_short"  # in words
     TOO_LONG = "too_long"  # in words
     BANNED_WORD = "banned_word"  # asks for what a language model cannot see or do: an image, a file, to draw
@@ -113,23 +133,48 @@ def first_task(completion: Completion) -> str | Rejection:
     The text ends where the next number, a blank line, a separator ("---") or an answer ("Output:") begins: models
     write several tasks in a row and start to answer them (paper appendix A.5). A completion the length limit cut is
     refused whole, as in Self-Instruct. Unlike there, only the first task is taken and its capitals stay as they are.
+
+    What chat models write before a task is left out: an announcement ("Sure! Here are some tasks:"), a number, a bullet
+    or a label of its own ("9)", "-", "**Task 9:**"), and quotation marks or asterisks around the whole.
     """
     if not completion.finished:
         return Rejection.UNFINISHED
-    text = completion.text.strip()
-    text = text[own.end() :] if (own := _OWN_NUMBER.match(text)) else text
-    text = _END_OF_TASK.split(_NUMBERED.split(text, maxsplit=1)[0], maxsplit=1)[0]
-    return _one_line(text) or Rejection.EMPTY
+    text = _without_announcement(completion.text.strip())
+    ends = [_NUMBERED]
+    for marker in _MARKERS * 2:  # "- **Task 9:**" has two
+        if own := marker.match(text):
+            # Only where the list has this form do its marks end the task; elsewhere they may be part of it.
+            ends += [end for end in (_PARENTHESIS, _BULLET) if end.match(f"\n{own[0]}")]
+            text = text[own.end() :]
+    for end in (*ends, _END_OF_TASK):
+        text = end.split(text, maxsplit=1)[0]
+    return _without_quotes(_one_line(text)) or Rejection.EMPTY
+
+
+def _without_announcement(text: str) -> str:
+    while found := _ASSENT.match(text) or _ANNOUNCEMENT.match(text):
+        text = text[found.end() :].lstrip()
+    return text
+
+
+def _without_quotes(task: str) -> str:
+    for opening, closing in _QUOTES:
+        inner = task[len(opening) : -len(closing)]
+        if inner and task.startswith(opening) and task.endswith(closing) and opening not in inner:
+            return _without_quotes(inner.strip())
+    return task
 
 
 def check(task: str, filters: Filters) -> Rejection | None:
-    """Why the task is refused by itself, None where it is not: length, banned words, how it starts.
+    """Why the task is refused by itself, None where it is not: how it ends, length, banned words, how it starts.
 
     Source: Self-Instruct's keyword and length filters. The checks run in the order of `Rejection`.
     """
     words = task.split()
     if not words:
         return Rejection.EMPTY
+    if words[-1].endswith((":", "\uff1a")):
+        return Rejection.INCOMPLETE
     if len(words) < filters.min_words:
         return Rejection.TOO_SHORT
     if len(words) > filters.max_words:

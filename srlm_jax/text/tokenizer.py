@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import re
+import secrets
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,8 +13,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from srlm_jax.errors import BadInput
 from srlm_jax.storage import jsonl
+from srlm_jax.text import characters, token_files
 
 _WORDS = "words.json"  # the embedded world's vocabulary
+_MOST_GAPS = 100_000  # each is filled with a token
 
 
 class Tokenizer(Protocol):
@@ -26,14 +28,29 @@ class Tokenizer(Protocol):
 
     name: str  # in messages: its file
     vocabulary: int  # one more than the largest id
-    bos: int  # begins a text
+    needed: int  # one more than the largest id that `encode` gives or that begins or ends a text
+    bos: int | None  # the begin token; None where no file names one
+    begins: tuple[int, ...]  # what the tokenizer puts before a text by itself: (bos,) or ()
     eos: int  # ends a document
     ends: tuple[int, ...]  # all that a model may end its text with; `eos` is the first
     pad: int  # padding is masked wherever it occurs, so any id will do
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_marked(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of a text in which control tokens stand: `parts` are its texts and the control tokens' ids.
+
+        They are those that the tokenizer's library gives where the control tokens are spelt out in one string. Text
+        after a control token may have other ids than at the beginning.
+        """
+
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def decode_cut(self, ids: Sequence[int]) -> str:
+        """As `decode`, for ids that the length limit cut: an incomplete character at the end is left out."""
+
+    def piece(self, i: int) -> str:
+        """How the vocabulary spells an id, for messages and templates."""
 
     def control(self, name: str) -> int:
         """The id of a control token such as "<|eot_id|>": one that `encode` never gives.
@@ -58,6 +75,7 @@ class WordTokenizer:
     name = _WORDS
     pad = 0
     bos = 1
+    begins = (bos,)
     eos = 2
     ends = (eos,)
     unknown = 3
@@ -71,14 +89,26 @@ class WordTokenizer:
     def vocabulary(self) -> int:
         return 4 + len(self.words)
 
+    @property
+    def needed(self) -> int:
+        return self.vocabulary
+
     def encode(self, text: str) -> list[int]:
         return [self._ids.get(word, self.unknown) for word in text.replace("\n", " \n ").split(" ") if word]
+
+    def encode_marked(self, parts: Sequence[str | int]) -> list[int]:
+        return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else [part])]
 
     def decode(self, ids: Sequence[int]) -> str:
         # A model may have more ids than there are words, and draw one of them.
         known = range(4, self.vocabulary)
         words = [self.words[i - 4] if i in known else "<unk>" for i in ids if i not in (self.pad, self.bos, self.eos)]
         return " ".join(words).replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")
+
+    decode_cut = decode  # a word is whole
+
+    def piece(self, i: int) -> str:
+        return ("<pad>", "<s>", "</s>", "<unk>", *self.words)[i]
 
     def control(self, name: str) -> int:
         raise BadInput(f"a vocabulary of words has no control token {name!r}; choose a chat format without")
@@ -109,18 +139,22 @@ class WordTokenizer:
         made.decoder = decoders.Sequence([spaced, decoders.Fuse(), *breaks])
         (folder / "tokenizer.json").write_text(made.to_str(pretty=True))
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        jsonl.write_json(folder / "tokenizer_config.json", kind | special)
+        path = folder / "tokenizer_config.json"  # which has the chat template already
+        jsonl.write_json(path, kind | special | (token_files.read_object(path) if path.exists() else {}))
 
 
 class SentencePieceTokenizer:
     """A SentencePiece `tokenizer.model`, Llama-2's for one, which has no padding id: the end token's stands in.
 
-    Every text is encoded as the begin of one: where the model puts a space before the first word, it does so each
-    time, and so Llama-2's reference code does with each turn of a dialogue.
+    Where the model puts a space before the first word of a text, it does so after each control token too, as Llama-2's
+    reference code does with each turn of a dialogue; tokenizer_config.json beside it with "legacy": false says that it
+    does so only at the beginning. That file may also name other end tokens and say "add_bos_token": false.
+    added_tokens.json beside it adds control tokens, which text never makes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is no SentencePiece model, or lacks a begin or end token.
+      ValueError: the file is no SentencePiece model, or lacks a begin or end token; a file beside it is damaged, or
+        adds a word or an id that the model has.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -133,44 +167,90 @@ class SentencePieceTokenizer:
                 f"{path} is not a SentencePiece model: {error}. Llama-3's file of this name is of another kind; "
                 "its tokenizer.json is read"
             ) from error
-        self.vocabulary = self._pieces.vocab_size()
-        self.bos, self.eos = self._pieces.bos_id(), self._pieces.eos_id()
-        if self.bos < 0 or self.eos < 0:
-            raise BadInput(f"{path} defines no begin or no end token (bos {self.bos}, eos {self.eos})")
+        size = self._pieces.vocab_size()
+        self.bos, eos = self._pieces.bos_id(), self._pieces.eos_id()
+        if self.bos < 0 or eos < 0:
+            raise BadInput(f"{path} defines no begin or no end token (bos {self.bos}, eos {eos})")
         try:
-            self._pieces.decode(list(range(self.vocabulary)))
+            self._pieces.decode(list(range(size)))
         except UnicodeDecodeError as error:  # else it would come in the middle of a run, once a model draws the piece
             raise BadInput(f"{path} holds a piece that is not UTF-8 text ({error}): copy it again") from error
-        self.ends = (self.eos,)
+        self._added = _added_tokens(self._path.parent / "added_tokens.json", self._pieces)
+        self.vocabulary = max(size, *(1 + i for i in self._added.values()), 0)
+        config = (
+            token_files.read_object(beside) if (beside := self._path.parent / token_files.BESIDE[0]).exists() else {}
+        )
+        self._always = config.get("legacy") is not False
+        self.begins = () if config.get("add_bos_token") is False else (self.bos,)
+        pieces = {self._pieces.id_to_piece(i): i for i in range(size)}
+        self.ends = tuple(dict.fromkeys((*token_files.named_ids(self._path.parent, "eos", pieces | self._added), eos)))
+        self.eos = self.ends[0]
+        made = [i for i in range(size) if not (self._pieces.IsControl(i) or self._pieces.IsUnused(i))]
+        self.needed = 1 + max(*made, self.bos, *self.ends)
         self.pad = self._pieces.pad_id() if self._pieces.pad_id() >= 0 else self.eos
 
     def encode(self, text: str) -> list[int]:
         return self._pieces.encode(text, add_bos=False, add_eos=False)
 
+    def encode_marked(self, parts: Sequence[str | int]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            if not isinstance(part, str):
+                ids.append(part)
+            elif self._always or not ids:
+                ids += self.encode(part)
+            else:
+                before = self.encode("\n")
+                ids += self.encode(f"\n{part}")[len(before) :]
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
-        known = [i if i < self.vocabulary else self._pieces.unk_id() for i in ids]
-        return self._pieces.decode([i for i in known if i not in (self.bos, self.eos)])
+        silent = {self.bos, *self.ends, *self._added.values()}
+        shown = [i for i in ids if i not in silent]
+        return self._pieces.decode([i if i < self._pieces.vocab_size() else self._pieces.unk_id() for i in shown])
+
+    def decode_cut(self, ids: Sequence[int]) -> str:
+        whole = [*ids]
+        del whole[len(whole) - characters.begun_tokens([self.piece(i) for i in whole[-3:]]) :]
+        return self.decode(whole)
+
+    def piece(self, i: int) -> str:
+        names = {i: name for name, i in self._added.items()}
+        return names.get(i, self._pieces.id_to_piece(i if i < self._pieces.vocab_size() else self._pieces.unk_id()))
 
     def control(self, name: str) -> int:
-        piece = self._pieces.piece_to_id(name)
-        if not self._pieces.IsControl(piece):
+        piece = self._added.get(name, self._pieces.piece_to_id(name))
+        if name not in self._added and not self._pieces.IsControl(piece):
             raise BadInput(f"{self._path} has no control token {name!r}; choose the chat format the model was made for")
         return piece
 
     def save(self, folder: epath.Path) -> None:
-        self._path.copy(folder / "tokenizer.model", overwrite=True)
+        token_files.copy(self._path, folder)
 
 
-# Chat models often add their marks without declaring them special; what is spelt like this is never made out of text.
-_BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+def _added_tokens(path: epath.Path, pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
+    """What an added_tokens.json adds to a SentencePiece model: control tokens and their ids."""
+    added = {}
+    for name, i in (token_files.read_object(path) if path.exists() else {}).items():
+        if type(i) is not int or i < 0:
+            raise BadInput(f"{path}: the id of {name!r} is {i!r}, which is no whole number from 0")
+        if i < pieces.vocab_size():
+            if pieces.id_to_piece(i) != name:
+                raise BadInput(f"{path}: {name!r} has id {i}, which is {pieces.id_to_piece(i)!r} in tokenizer.model")
+        elif token_files.BRACKETED.fullmatch(name) is None:
+            raise BadInput(f"{path} adds the word {name!r}, which is not in tokenizer.model: bring the tokenizer.json")
+        else:
+            added[name] = i
+    return added
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, and which tokens begin and end a text from the files beside it.
 
-    Those are tokenizer_config.json, special_tokens_map.json and generation_config.json, the first that says it. Where
-    none names a begin token (Qwen has none), the end token stands in: it separates documents. It pads, too. The
-    tokenizers of Llama-3's and like models have several end tokens: those that any of the files name are `ends`.
+    Those are tokenizer_config.json, special_tokens_map.json and generation_config.json, the first that says it. The
+    end token also pads. The tokenizers of Llama-3's and like models have several end tokens: those that any of the
+    files name are `ends`. A text begins with the begin token where "add_bos_token" in tokenizer_config.json or, without
+    it, the post-processor of tokenizer.json says so.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -181,12 +261,12 @@ class HuggingFaceTokenizer:
     def __init__(self, path: epath.PathLike):
         self._path = path = epath.Path(path)
         self.name = str(path)
-        document = _read_object(path)
+        document = token_files.read_object(path)
         added = document.get("added_tokens") or []
         try:
             special = {token["content"] for token in added if token["special"]}
             for token in added:
-                token["special"] |= _BRACKETED.fullmatch(token["content"]) is not None
+                token["special"] |= token_files.BRACKETED.fullmatch(token["content"]) is not None
             self._tokens = tokenizers.Tokenizer.from_str(json.dumps(document))
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -198,13 +278,13 @@ class HuggingFaceTokenizer:
         self._tokens.encode_special_tokens = True  # "<s>" in a text is three characters
         every = self._tokens.get_vocab(with_added_tokens=True)
         self.vocabulary = 1 + max(every.values(), default=-1)
-        self.ends = _named_ids(path.parent, "eos", every)
+        self.ends = token_files.named_ids(path.parent, "eos", every)
         if not self.ends:
-            raise BadInput(f"{path.parent} names no end token: {', '.join(_BESIDE)} are where it should be")
+            raise BadInput(f"{path.parent} names no end token: {', '.join(token_files.BESIDE)} are where it should be")
         self.eos = self.pad = self.ends[0]
-        self.bos = (*_named_ids(path.parent, "bos", every), self.eos)[0]
+        self.bos = next(iter(token_files.named_ids(path.parent, "bos", every)), None)
         self._control = {token["content"]: every[token["content"]] for token in added if token["special"]}
-        self._silent = frozenset({self.bos, *self.ends, *(every[name] for name in special)})
+        self._silent = frozenset({*self.ends, *(every[name] for name in special)} | ({self.bos} - {None}))
         never = {*self._silent, *self._control.values()}
         for name in sorted(self._tokens.id_to_token(i) for i in never):
             if made := never.intersection(self.encode(name)):
@@ -212,12 +292,63 @@ class HuggingFaceTokenizer:
                     f"{path} makes the special token {self._tokens.id_to_token(min(made))!r} out of the text {name!r}, "
                     "so that any prompt could; it cannot be used safely"
                 )
+        named = {*self.ends, self.bos} - {None}
+        self.needed = 1 + max({*every.values()} - never | named)
+        self.begins = self._begins()
+        self._add_twins(never, {every[token["content"]]: token for token in added})
+        decoder = json.dumps(document.get("decoder"))
+        self._bytes = "ByteLevel" in decoder, "ByteFallback" in decoder
+
+    def _begins(self) -> tuple[int, ...]:
+        beside = self._path.parent / token_files.BESIDE[0]
+        said = token_files.read_object(beside).get("add_bos_token") if beside.exists() else None
+        if said is None:
+            framed = self._tokens.encode("a", add_special_tokens=True).ids
+            said = bool(framed) and framed[0] == self.bos
+        return (self.bos,) if said and self.bos is not None else ()
+
+    def _add_twins(self, never: set[int], added: dict[int, dict]) -> None:
+        """Adds a token beside each control token, spelt in a way that nobody can guess.
+
+        In `encode_marked` it stands for the control token, so that the library splits the text there as it would at the
+        control token, although no spelling of the control token in a text counts.
+        """
+        gaps = self.vocabulary - self._tokens.get_vocab_size()
+        if gaps > _MOST_GAPS:
+            raise BadInput(f"{self._path} leaves {gaps:,} ids below its largest unused: it is damaged, copy it again")
+        secret = secrets.token_hex(8)
+        self._tokens.add_tokens([f"\U000f0000{secret} gap {i}\U000f0001" for i in range(gaps)])
+        self._twins = {i: f"\U000f0000{secret} {i}\U000f0001" for i in sorted(never)}
+        sides = [{side: added.get(i, {}).get(side, False) for side in ("lstrip", "rstrip")} for i in self._twins]
+        twins = zip(self._twins.values(), sides, strict=True)
+        self._tokens.add_tokens([tokenizers.AddedToken(twin, normalized=False, **strips) for twin, strips in twins])
+        self._originals = {self._tokens.token_to_id(twin): i for i, twin in self._twins.items()}
 
     def encode(self, text: str) -> list[int]:
         return self._tokens.encode(text, add_special_tokens=False).ids
 
+    def encode_marked(self, parts: Sequence[str | int]) -> list[int]:
+        text = "".join(part if isinstance(part, str) else self._twins[part] for part in parts)
+        return [self._originals.get(i, i) for i in self.encode(text)]
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokens.decode([i for i in ids if i not in self._silent], skip_special_tokens=False)
+        return self._tokens.decode(self._shown(ids), skip_special_tokens=False)
+
+    def decode_cut(self, ids: Sequence[int]) -> str:
+        shown = self._shown(ids)
+        by_letters, by_fallback = self._bytes
+        if by_fallback:
+            del shown[len(shown) - characters.begun_tokens([self.piece(i) for i in shown[-3:]]) :]
+        text = self._tokens.decode(shown, skip_special_tokens=False)
+        if by_letters and characters.ends_begun([self.piece(i) for i in shown[-4:]]):
+            return text.removesuffix("\ufffd")
+        return text
+
+    def _shown(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i not in self._silent and i < self.vocabulary]
+
+    def piece(self, i: int) -> str:
+        return self._tokens.id_to_token(i) or ""
 
     def control(self, name: str) -> int:
         if name not in self._control:
@@ -225,9 +356,7 @@ class HuggingFaceTokenizer:
         return self._control[name]
 
     def save(self, folder: epath.Path) -> None:
-        for name in (self._path.name, *_BESIDE):
-            if (self._path.parent / name).exists():
-                (self._path.parent / name).copy(folder / name, overwrite=True)
+        token_files.copy(self._path, folder)
 
 
 def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
@@ -241,6 +370,8 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
       ValueError: the file cannot be used; see the two classes.
     """
     folder = epath.Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist")
     if (folder / _WORDS).exists():
         words = jsonl.read_json(folder / _WORDS)
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -260,46 +391,16 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, V: int) -> None:
-    """Refuses a tokenizer with ids that a model of `V` ids has not. Fewer are right: vocabularies are often padded.
+    """Refuses a tokenizer that needs ids which a model of `V` ids has not.
 
-    Raises ValueError with the tokenizer's name and both numbers.
+    Fewer ids are right, because vocabularies are often padded. So are control tokens beyond `V` that no text makes and
+    that neither begin nor end one, such as a padding token that was added later.
+
+    Raises BadInput with the tokenizer's name, both numbers and the token.
     """
-    if tokenizer.vocabulary > V:
+    if tokenizer.needed > V:
+        last = tokenizer.needed - 1
         raise BadInput(
-            f"the tokenizer has {tokenizer.vocabulary} ids and the model {V}: {tokenizer.name} is another "
-            "model's, or the model's vocabulary has to be larger"
+            f"the tokenizer has {tokenizer.needed} ids and the model {V}: {tokenizer.name} is another model's, or the "
+            f"model's vocabulary has to be larger (id {last} is {tokenizer.piece(last)!r})"
         )
-
-
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-
-
-def _named_ids(folder: epath.Path, role: str, ids: dict[str, int]) -> tuple[int, ...]:
-    """All ids that the files beside a tokenizer.json give for "bos" or "eos", in the order of the files.
-
-    A file gives a token as text, as an object with its text, as its id, or as a list of these.
-    """
-    found = []
-    for name in _BESIDE:
-        path = folder / name
-        key = f"{role}_token_id" if name == "generation_config.json" else f"{role}_token"
-        value = _read_object(path).get(key) if path.exists() else None
-        for token in value if isinstance(value, list) else [value]:
-            if token is None:
-                continue
-            text = token.get("content") if isinstance(token, dict) else token
-            one = ids.get(text) if isinstance(text, str) else text
-            if type(one) is not int or one not in ids.values():
-                raise BadInput(f"{path}: {key} is {value!r}, which is no token of tokenizer.json beside it")
-            found.append(one)
-    return tuple(dict.fromkeys(found))
-
-
-def _read_object(path: epath.Path) -> dict:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise BadInput(f"{path} holds no JSON object")
-    return document

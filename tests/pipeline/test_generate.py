@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import made_tokenizers
 import numpy as np
 import pytest
 
@@ -9,8 +10,8 @@ from srlm_jax.pipeline.generate import ModelGenerate, stage_key, words_32
 from srlm_jax.records import Completion, Request, SamplingParams
 from srlm_jax.sampling import engine
 from srlm_jax.sampling.engine import EngineConfig, Sample, Work
-from srlm_jax.text.chat import PLAIN
-from srlm_jax.text.tokenizer import WordTokenizer
+from srlm_jax.text.chat import LLAMA2, PLAIN, encode_within
+from srlm_jax.text.tokenizer import WordTokenizer, load_tokenizer
 
 WORDS = ("user:", "assistant:", "someone", "\n", *(f"w{i}" for i in range(32)))
 TOKENIZER = WordTokenizer(WORDS)
@@ -80,7 +81,7 @@ def shown(generate, monkeypatch):
     def look(one, answers=(), **changes):
         def sample(model, groups, draw, **rest):
             look.groups, look.draw = groups, draw
-            return [answers]
+            return [answers or ((),) * len(one.prompts)]
 
         monkeypatch.setattr(engine, "sample", sample)
         return look.generate([one], dataclasses.replace(PARAMS, **changes), lambda finished, tokens: None)
@@ -165,3 +166,42 @@ def test_a_stop_string_ends_what_the_model_writes(generate):
     ((stopped,),) = ask(generate, request("a"), samples=1, max_new_tokens=8, stop=(middle,))[0]
     assert stopped.finished and stopped.tokens <= 4
     assert stopped.text.endswith(middle) and free.text.startswith(stopped.text)
+
+
+# Texts of real vocabularies.
+
+
+@pytest.fixture(params=made_tokenizers.KINDS)
+def real(request, shown, generate, tmp_path):
+    """`real(texts, cut=..., ...)`: the texts of samples that are made of these texts' ids, without `cut` at the end."""
+    made = made_tokenizers.KINDS[request.param]()
+    made_tokenizers.write(tmp_path, made, bos="<s>", eos="</s>", template=None)
+    tokenizer = load_tokenizer(tmp_path)
+
+    def ask(prompt, written, cut, finished, chat_format=PLAIN, **request):
+        shown.generate = dataclasses.replace(generate, tokenizer=tokenizer, chat_format=chat_format)
+        whole = encode_within(tokenizer, written)
+        ids = tuple(whole[: len(whole) - cut])
+        ((completion,),) = shown(Request(id="a", prompts=(prompt,), **request), ((Sample(ids, finished),),))[0]
+        return completion.text
+
+    return ask
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word(real):
+    assert real("hello", " there and then", 0, True, chat=False) == " there and then"
+    assert real("hello there", ".\n\nsay it", 0, True, chat=False) == ".\n\nsay it"
+
+
+def test_a_cut_text_ends_with_its_last_whole_character(real):
+    for chat in (True, False):
+        assert real("hello", " 🦙", 0, False, chat=chat).strip() == "🦙"
+        for cut in (1, 2, 3):
+            assert real("hello", " it 🦙", cut, False, chat=chat).strip() in ("it", "")
+        assert real("hello", " it 🦙", 1, True, chat=chat).count("\ufffd")  # which the model meant to end there
+        assert real("hello", " it \ufffd", 0, False, chat=chat).strip() == "it \ufffd"
+
+
+def test_an_answer_in_a_chat_begins_with_its_first_word(real):
+    assert real("hello", " there", 0, True, chat=True) == "there"
+    assert real("hello", " there", 0, True, chat=True, chat_format=LLAMA2) == "there"

@@ -105,6 +105,7 @@ def test_a_whole_number_does_for_a_float_and_is_one_then(tree):
         ("model.K", 3, r"^config\.model: model\.N .* multiple of model\.K"),
         ("model.H", 15, r"^config\.model: model\.H must be even, not 15"),
         ("world.replies", (3, 2), r"^config\.world: replies is \(3, 2\): the fewest must not be above the most"),
+        ("chat_system", "x", r"^config\.chat_system is 'x', and config\.chat=plain has no place for a system prompt"),
         ("responses.samples", 1, r"^config\.responses\.samples is 1: a pair needs at least 2 responses"),
         ("dpo.train.accumulate", 3, r"^config\.dpo\.train: batch_size \(8\) must be a multiple of accumulate \(3\)"),
         ("dpo.train.optimizer.warmup_steps", 19, r"^config\.dpo\.train: warmup_steps \(19\) must leave two"),

@@ -52,10 +52,13 @@ def test_a_response_ends_with_the_end_token():
 @pytest.mark.parametrize("chat", FORMATS.values(), ids=FORMATS)
 def test_a_cut_response_has_nothing_after_its_last_whole_character(bytelevel, chat):
     tokenizer = bytelevel[0]
-    wanted = tokenizer.encode("hello w")
+    begun = chat.begin_response
+    wanted = tokenizer.encode(f"{begun}hello w")
     assert encode_response(tokenizer, chat, "hello w", finished=False) == wanted
     assert encode_response(tokenizer, chat, "hello w\ufffd\ufffd", finished=False) == wanted
-    assert encode_response(tokenizer, chat, "hello \ufffd w", finished=False) == tokenizer.encode("hello \ufffd w")
+    assert encode_response(tokenizer, chat, "hello \ufffd w", finished=False) == tokenizer.encode(
+        f"{begun}hello \ufffd w"
+    )
     assert encode_response(tokenizer, chat, "\ufffd", finished=False) == []
 
 
@@ -102,9 +105,13 @@ class Letters:
     """A tokenizer of single characters: what it decodes is what it was given."""
 
     vocabulary, bos, eos, ends, pad = 0x110003, 0x110000, 0x110001, (0x110001,), 0x110002
+    begins = (bos,)
 
     def encode(self, text):
         return list(map(ord, text))
+
+    def encode_marked(self, parts):
+        return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else [part])]
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i < 0x110000)
@@ -291,7 +298,7 @@ PLAIN_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="[<"))
 def test_ids_are_those_of_llama_2s_reference_code(llama2, prompt, response, system):
     # One encoded text from begin to end: prompt and answer trimmed, a space on each side of the answer.
     told = with_system(LLAMA2, system)
-    inner = f"<<SYS>>\n{system}\n<</SYS>>\n\n{prompt.strip()}" if system else prompt.strip()
+    inner = (f"<<SYS>>\n{system}\n<</SYS>>\n\n{prompt}" if system else prompt).strip()
     ids = encode_prompt(llama2, told, prompt)
     assert ids == [1, *llama2.encode(f"[INST] {inner} [/INST]")]
     whole = [*ids, *encode_response(llama2, told, response, finished=True)]

@@ -93,6 +93,77 @@ def test_the_first_task(text, task):
     assert first_task(Completion(text=text, tokens=9, finished=True)) == task
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure! Here are some tasks:\n\n1. TASK\n2. Name a lake.",
+        "Sure, here are a few more tasks:\n9. TASK",
+        "Here is a task:\nTASK",
+        "Here is a task: TASK",
+        "Here\u2019s another task for you to try:\n\n- TASK\n- Name a lake.",
+        "Okay, here's one: TASK",
+        "Of course! Here's a new task:\n**Instruction:** TASK",
+        "Certainly!\n\nTASK",
+        "Certainly! TASK",
+        "**Task 9:** TASK\n**Task 10:** Name a lake.",
+        "**Task 9**: TASK\n\n**Task 10**: Name a lake.",
+        "### Task 9\nTASK\n### Task 10\nName a lake.",
+        "Task 9: TASK\nTask 10: Name a lake.",
+        "Task: TASK\nOutput: the Nile",
+        "Instruction: TASK",
+        'Prompt: "TASK"',
+        "9) TASK\n10) Name a lake.",
+        "(9) TASK\n(10) Name a lake.",
+        "- TASK\n- Name a lake.",
+        "\u2022 TASK\n\u2022 Name a lake.",
+        "- **Task 9:** TASK",
+        '"TASK"',
+        "\u201cTASK\u201d",
+        "**TASK**",
+        "9. **TASK**",
+    ],
+)
+def test_what_chat_models_write_before_a_task_is_no_part_of_it(text):
+    task = "Name three rivers of Asia."
+    assert first_task(Completion(text=text.replace("TASK", task), tokens=9, finished=True)) == task
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here is a list of numbers: 3, 1, 2. Sort them.",
+        "Here is a paragraph about cats. Summarize it.",
+        "Okay computer is an album. Who made it?",
+        "Great expectations: who wrote it?",
+        "Task force members need a plan. Write one.",
+        "'Write' a poem with 'love'",
+        '"Hi" is English. Say "Bye"',
+        "Write about a task: cooking",
+    ],
+)
+def test_a_task_that_begins_like_an_announcement_stays_whole(text):
+    assert first_task(Completion(text=text, tokens=9, finished=True)) == text
+
+
+def test_lists_inside_a_task_stay():
+    for text in ("Choose one:\n1) a\n2) b", "Make a list with\n- a\n- b"):
+        assert first_task(Completion(text=text, tokens=9, finished=True)) == " ".join(text.split())
+
+
+@pytest.mark.parametrize("text", ["Sure!", "Sure! Here are some tasks:", "Here is a task", "**Task 9:**", "-"])
+def test_an_announcement_alone_is_no_task(text):
+    assert first_task(Completion(text=text, tokens=9, finished=True)) == Rejection.EMPTY
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Translate this sentence:\n\nHello.", "Translate this sentence:\nOutput: x", "Translate this sentence to me:"],
+)
+def test_a_task_that_announces_a_text_which_is_not_there_is_refused(text):
+    task = first_task(Completion(text=text, tokens=9, finished=True))
+    assert check(task, FILTERS) == Rejection.INCOMPLETE
+
+
 def test_a_completion_cut_by_the_length_limit_is_refused_whole():
     cut = Completion(text=" Name three rivers.\n10. Na", tokens=9, finished=False)
     assert first_task(cut) == Rejection.UNFINISHED
@@ -127,8 +198,8 @@ def test_each_filter(task, reason):
     [
         ({"min_words": 0}, "min_words"),
         ({"max_words": 3}, "min_words is 4: it must not be above max_words"),
-        ({"max_rouge_l": 70.0}, "between 0 and 1"),
-        ({"banned_words": ("image", " ")}, "empty strings"),
+        ({"max_rouge_l": 70.0}, r"max_rouge_l is 70\.0: it must be at least 0 and be at most 1"),
+        ({"banned_words": ("image", " ")}, r"banned_words\[1\] is ' ': it must not be blank"),
     ],
 )
 def test_filters_that_make_no_sense(change, message):

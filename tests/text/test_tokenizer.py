@@ -5,6 +5,7 @@ import json
 import shutil
 
 import hypothesis.strategies as st
+import made_tokenizers
 import pytest
 import sentencepiece
 import tokenizers
@@ -236,7 +237,7 @@ def test_special_tokens_are_left_out_and_undeclared_ones_are_text(hugging):
         ({}, {"special_tokens_map": {"bos_token": "<|begin|>", "eos_token": {"content": "<|turn|>"}}}, 0, [2]),
         ({"bos_token": None}, {"generation_config": {"bos_token_id": 0, "eos_token_id": [1, 2]}}, 0, [1, 2]),
         ({"bos_token": "<|begin|>", "eos_token": "<|turn|>"}, {"generation_config": {"eos_token_id": [1]}}, 0, [2, 1]),
-        ({"bos_token": None, "eos_token": "<|document|>"}, {"generation_config": {"eos_token_id": 1}}, 1, [1]),
+        ({"bos_token": None, "eos_token": "<|document|>"}, {"generation_config": {"eos_token_id": 1}}, None, [1]),
     ],
     ids=["strings", "objects", "special_tokens_map", "generation_config", "Llama-3 instruct", "no begin token"],
 )  # fmt: skip
@@ -248,7 +249,8 @@ def test_begin_and_end_tokens_are_read_from_the_files_beside(tmp_path, config, f
     })  # fmt: skip
     write_folder(tmp_path, config, **moved)
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos - first, [i - first for i in tokenizer.ends]) == (bos, ends)
+    assert tokenizer.bos == (None if bos is None else first + bos)
+    assert [i - first for i in tokenizer.ends] == ends
     assert tokenizer.eos == tokenizer.pad == tokenizer.ends[0]
 
 
@@ -421,3 +423,180 @@ def test_a_damaged_list_of_words_is_refused(tmp_path, content):
     (tmp_path / "words.json").write_text(content)
     with pytest.raises(ValueError, match=r"words\.json"):
         load_tokenizer(tmp_path)
+
+
+# Texts with control tokens in them, begins, and cut characters.
+
+
+def library(folder):
+    """The tokenizers library's own reading of a file, in which spelt control tokens count."""
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("sides", [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+@pytest.mark.parametrize("kind", made_tokenizers.KINDS)
+def test_marked_texts_have_the_ids_of_the_spelt_out_text(tmp_path, kind, sides):
+    made = made_tokenizers.KINDS[kind]()
+    made.add_special_tokens([tokenizers.AddedToken("<|x|>", special=True, normalized=False, **sides)])
+    made_tokenizers.write(tmp_path, made, bos="<s>", eos="</s>", template=None)
+    tokenizer, reference = load_tokenizer(tmp_path), library(tmp_path)
+    x, bos = tokenizer.control("<|x|>"), tokenizer.bos
+    for parts in (
+        ["user"],
+        [bos, "user"],
+        ["hello", x, "there"],
+        [x, x],
+        [" a ", x, " b ", bos, "\n\nc "],
+        [x, "\n", x],
+    ):
+        spelt = "".join(part if isinstance(part, str) else {x: "<|x|>", bos: "<s>"}[part] for part in parts)
+        assert tokenizer.encode_marked(parts) == reference.encode(spelt, add_special_tokens=False).ids, parts
+    assert x not in tokenizer.encode_marked(["<|x|>", bos, "<|x|> <s>"])
+
+
+def test_marked_texts_are_right_where_the_vocabulary_has_gaps(tmp_path):
+    document = json.loads(made_tokenizers.byte_level().to_str())
+    size = 1 + max(document["model"]["vocab"].values())
+    document["model"]["vocab"] = {p: i if i < size - 3 else i + 90 for p, i in document["model"]["vocab"].items()}
+    made = tokenizers.Tokenizer.from_str(json.dumps(document))
+    made_tokenizers.write(tmp_path, made, bos="<s>", eos="</s>", template=None)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_marked(["say it", tokenizer.bos, "say it"]) == [
+        *tokenizer.encode("say it"), tokenizer.bos, *tokenizer.encode("say it")
+    ]  # fmt: skip
+
+
+def test_a_vocabulary_with_ids_that_are_far_apart_is_refused(tmp_path):
+    document = json.loads(made_tokenizers.byte_level().to_str())
+    document["model"]["vocab"]["a"] = 2_000_000_000
+    document["model"]["merges"] = []
+    made_tokenizers.write(tmp_path, made_tokenizers.byte_level(), bos="<s>", eos="</s>", template=None)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="ids below its largest unused: it is damaged"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "post", "begins"),
+    [
+        ({}, None, False),
+        ({}, "<s> $A", True),
+        ({"add_bos_token": True}, None, True),
+        ({"add_bos_token": False}, "<s> $A", False),
+        ({"bos_token": None}, None, False),
+    ],
+)
+def test_a_text_begins_as_the_files_say(tmp_path, config, post, begins):
+    made = made_tokenizers.byte_level()
+    if post:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=post, special_tokens=[("<s>", made.token_to_id("<s>"))]
+        )
+    made_tokenizers.write(tmp_path, made, bos="<s>", eos="</s>", template=None)
+    known = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(known | config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.begins == ((made.token_to_id("<s>"),) if begins else ())
+    assert (tokenizer.bos is None) == (config.get("bos_token", "") is None)
+
+
+CUT = ["hi 🦙", "и", "a\n🦙", "🦙🦙", "日本", "hi \ufffd", "\ufffd\ufffd"]
+
+
+def every_cut(tokenizer):
+    """What is decoded of all beginnings of texts, and what should be: as many characters as are whole."""
+    for text in CUT:
+        ids = tokenizer.encode(text)
+        for count in range(len(ids) + 1):
+            shown = tokenizer.decode_cut(ids[:count])
+            assert text.startswith(shown.removeprefix(" ")), (text, count, shown)
+            assert shown.count("\ufffd") <= text.count("\ufffd")
+        assert tokenizer.decode_cut(ids) == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", made_tokenizers.KINDS)
+def test_a_cut_character_is_left_out(tmp_path, kind):
+    made_tokenizers.write(tmp_path, made_tokenizers.KINDS[kind](), bos="<s>", eos="</s>", template=None)
+    every_cut(load_tokenizer(tmp_path))
+
+
+def test_llama_2_leaves_a_cut_character_out(llama2):
+    every_cut(llama2)
+    assert llama2.decode(llama2.encode("hi 🦙")[:-1]).endswith("\ufffd")
+
+
+def test_bytes_that_begin_no_character_stay_marked(tmp_path):
+    made_tokenizers.write(tmp_path, made_tokenizers.metaspace("first"), bos="<s>", eos="</s>", template=None)
+    tokenizer = load_tokenizer(tmp_path)
+    wrong = [*tokenizer.encode("hi"), *(tokenizer._tokens.token_to_id(name) for name in ("<0x9F>", "<0xFF>"))]
+    assert tokenizer.decode_cut(wrong).endswith("\ufffd")
+
+
+# SentencePiece with files beside it.
+
+
+def test_added_tokens_are_control_tokens(tmp_path, save):
+    path = save(trained())
+    plain = SentencePieceTokenizer(path)
+    size = plain.vocabulary
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size + 1, "<|im_end|>": size, "</s>": 2}))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "add_bos_token": false}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.control("<|im_start|>"), tokenizer.vocabulary) == (size + 1, size + 2)
+    assert (tokenizer.ends, tokenizer.begins, tokenizer.bos) == ((size, 2), (), 1)
+    assert tokenizer.needed == size + 1  # up to the end token; the other is never made of text
+    assert max(tokenizer.encode("two <|im_start|> <|im_end|>")) < size
+    assert tokenizer.decode([size + 1, *tokenizer.encode("two words"), size]) == "two words"
+    assert tokenizer.piece(size) == "<|im_end|>"
+    (tmp_path / "other").mkdir()
+    tokenizer.save(epath.Path(tmp_path / "other"))
+    assert load_tokenizer(tmp_path / "other").control("<|im_start|>") == size + 1
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ('{"word": 900}', r"added_tokens\.json adds the word 'word', which is not in tokenizer\.model"),
+        ('{"<pad>": 5}', r"added_tokens\.json: '<pad>' has id 5, which is '.*' in tokenizer\.model"),
+        ('{"<pad>": "5"}', r"added_tokens\.json: the id of '<pad>' is '5', which is no whole number"),
+        ("[]", r"added_tokens\.json holds no JSON object"),
+        ("{", r"added_tokens\.json is not JSON"),
+    ],
+)
+def test_added_tokens_that_cannot_be_used_are_named(tmp_path, save, added, message):
+    save(trained())
+    (tmp_path / "added_tokens.json").write_text(added)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_text_after_a_control_token_begins_with_a_space_unless_the_files_say_otherwise(tmp_path, llama2_folder):
+    shutil.copy(llama2_folder / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 32000}')
+    pieces = lambda: list(map(load_tokenizer(tmp_path).piece, load_tokenizer(tmp_path).encode_marked([32_000, "user"])))
+    assert pieces() == ["<|im_start|>", "▁user"]
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    assert pieces() == ["<|im_start|>", "user"]
+
+
+def test_a_token_beyond_the_models_rows_is_fine_unless_text_makes_it(tmp_path, save):
+    size = SentencePieceTokenizer(save(trained())).vocabulary
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    check_vocabulary(load_tokenizer(tmp_path), size)
+    with pytest.raises(ValueError, match=rf"the tokenizer has {size} ids and the model {size - 1}"):
+        check_vocabulary(load_tokenizer(tmp_path), size - 1)
+    # In a tokenizer.json too; there an added word is made of text.
+    (tmp_path / "tokenizer.model").unlink()
+    made = write_folder(tmp_path, {"eos_token": "<|turn|>"}, added=["[PAD]"])
+    check_vocabulary(load_tokenizer(tmp_path), made.get_vocab_size() - 1)
+    write_folder(tmp_path, {"eos_token": "<|turn|>"}, added=["õõ"])
+    with pytest.raises(ValueError, match=r"\(id \d+ is 'õõ'\)"):
+        check_vocabulary(load_tokenizer(tmp_path), made.get_vocab_size() - 1)
+    write_folder(tmp_path, {"eos_token": "[PAD]"}, added=["[PAD]"])
+    with pytest.raises(ValueError, match=r"\(id \d+ is '\[PAD\]'\)"):
+        check_vocabulary(load_tokenizer(tmp_path), made.get_vocab_size() - 1)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
