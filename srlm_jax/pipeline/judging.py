@@ -173,12 +173,13 @@ def check_scored(run: Run, stage: str, judge_name: str, judged: Sequence[JudgedP
 
 def _advice(run: Run, counts: dict[str, int], *, teaches: bool, expected_helps: bool) -> list[str]:
     """What to change where too few judgements have a score, the likeliest first."""
-    s, own_model = run.settings.judging, run.settings.endpoint.url is None
+    s = run.settings.judging
+    by_server = run.settings.endpoint.url is not None or (s.endpoint.url is not None and not teaches)
     missing = sum(counts[str(reason)] for reason in NoVote)
     advice = []
     if counts[str(NoVote.UNFINISHED)] >= missing / 2:
         advice.append(f"raise config.judging.max_new_tokens (now {s.max_new_tokens}): most of them are unfinished")
-    if not s.prefix and own_model:
+    if not s.prefix and not by_server:
         advice.append("config.judging.prefix='Score: ' gives a model that does not know how to judge a form to fill")
     if expected_helps:
         advice.append("config.judging.score=expected takes the probabilities of the scores in place of the text")
@@ -186,8 +187,9 @@ def _advice(run: Run, counts: dict[str, int], *, teaches: bool, expected_helps: 
         advice.append("config.judging.rubric, a file, can say the scale (0 to 5) more plainly")
     else:
         advice.append("config.judging.rubric, a file, can ask more simply than the paper's rubric does")
-    advice.append("config.seed_data.eft teaches the model to judge by examples of your own")
-    if not teaches:
+    if run.settings.seed_data.eft is None:
+        advice.append("config.seed_data.eft teaches the model to judge by examples of your own")
+    if not teaches and s.endpoint.url is None:
         advice.append("config.judging.endpoint names a server that judges in the model's place")
     if missing < counts["votes"]:
         advice.append("a lower config.judging.min_scored goes on with those that have one")

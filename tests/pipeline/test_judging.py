@@ -169,6 +169,8 @@ def test_the_advice_depends_on_the_reasons(tmp_path):
     assert "config.judging.prefix" not in stop(
         open_run(tmp_path, min_scored=0.5, prefix="Score: "), votes(NoVote.NO_SCORE)
     )
+    served = stop(open_run(tmp_path, min_scored=0.5, endpoint=SERVER), votes(NoVote.NO_SCORE))
+    assert "config.judging.prefix" not in served and "config.judging.endpoint" not in served
     taught = stop(run, votes(NoVote.NO_SCORE), teaches=True)
     assert "config.seed_data.eft" in taught
     assert "config.judging.endpoint" not in taught and "config.judging.score" not in taught
