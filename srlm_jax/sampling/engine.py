@@ -19,7 +19,9 @@ from srlm_jax.limits import Count, one_of
 from srlm_jax.model.llama import Llama, by_layer
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.sampling import decode as dec
+from srlm_jax.sampling import filters
 from srlm_jax.sampling.decode import Admission, DecodeConfig, Decoded, DecodeState, Shape
+from srlm_jax.sampling.diagnosis import not_finite
 from srlm_jax.sampling.prefill import CHUNK, HALVINGS, positions_read, prefill_prefix
 
 Ids = tuple[int, ...]
@@ -202,6 +204,7 @@ def sample(
       work: counters, added to.
 
     Raises:
+      NotFinite: the model's logits are NaN or infinite.
       ValueError: a prompt without tokens, or limits that are not one for each sample, or out of bounds.
     """
     if not groups:
@@ -220,9 +223,20 @@ def sample(
             )
     layout = _Layout.of(groups, draw.max_new_tokens)
     results: list[Samples | None] = [None] * len(groups)
-    for index, samples in _run(model, groups, draw, layout, key, config, mesh, report, work):
-        results[index] = samples
+    try:
+        for index, samples in _run(model, groups, draw, layout, key, config, mesh, report, work):
+            results[index] = samples
+    except _Undrawn as undrawn:
+        with jax.set_mesh(mesh):
+            raise not_finite(model, undrawn.ids) from undrawn
     return results
+
+
+@dataclasses.dataclass
+class _Undrawn(Exception):
+    """No token could be drawn behind these."""
+
+    ids: Ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +340,9 @@ def _look(
         slot, within = divmod(int(number), per_group)
         one = held[slot]
         one.tokens[within].extend(tokens[own_sample].tolist())
+        if filters.UNDRAWN in tokens[own_sample]:
+            drawn = one.tokens[within][: one.tokens[within].index(filters.UNDRAWN)]
+            raise _Undrawn((*groups[one.group].prompts[within // draw.samples], *drawn))
         if watched is not None:
             one.watched[within].append(watched[own_sample])
         if ended[own_sample[-1]]:

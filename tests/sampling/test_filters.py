@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from srlm_jax.sampling import filters
+from srlm_jax.sampling.filters import UNDRAWN
 
 draw = jax.jit(filters.draw, static_argnames=("temperature", "top_p"))
 
@@ -121,7 +122,22 @@ def test_every_token_of_a_vocabulary_of_any_size_is_drawn(V):
 
 def test_logits_that_are_not_finite_end_the_draw_and_harm_no_other_row():
     logits = jnp.array([[0.0, jnp.nan, 1.0], [jnp.inf, 0.0, 1.0], [-jnp.inf, 9.0, -jnp.inf]])
-    assert draw(logits, keys(3), temperature=0.7, top_p=0.9).tolist() == [0, 0, 1]
+    assert draw(logits, keys(3), temperature=0.7, top_p=0.9).tolist() == [UNDRAWN, UNDRAWN, 1]
+    assert draw(logits, keys(3), temperature=0.0, top_p=0.9).tolist() == [UNDRAWN, UNDRAWN, 1]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-30, 1e-6])
+def test_the_lowest_temperatures_take_the_most_probable_token(temperature):
+    """Logits that were divided by them first became infinite, and the token 0."""
+    logits = jnp.array([[100.0, 300.0, 200.0], [-3e4, -1e4, -2e4]])
+    assert draw(logits, keys(2), temperature=temperature, top_p=0.9).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-50, 1e-46])
+def test_a_top_p_too_small_for_float32_ends_too(top_p):
+    """Nothing was in the nucleus, and the draw went on for ever."""
+    logits = jnp.array([[0.0, 2.0, 1.0]])
+    assert draw(logits, keys(1), temperature=0.7, top_p=top_p).tolist() == [1]
 
 
 def test_a_row_s_token_depends_on_its_logits_and_key_alone():
