@@ -13,7 +13,6 @@ import grain
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from srlm_jax import limits
@@ -232,6 +231,8 @@ class MetricsLog:
         self._first = json.loads(kept[0])["loss"] if kept else None
         self._warned = False
         self._file = self._path.open("a")
+        from tensorboardX import SummaryWriter  # which loads PyTorch if it is installed: seconds at every start
+
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def warn_if_absurd(self, title: str, done: int, losses: Sequence[float]) -> None:
