@@ -40,9 +40,7 @@ def first_part(model: Llama, ids: Sequence[int]) -> str | None:
     if not _finite(_cut(model, 0), tokens_1T):
         return "embedding"
     if _finite(model, tokens_1T):
-        last_D, head_DV = _hidden(model, tokens_1T)[0, -1], model.head()
-        logits_V = jnp.einsum("d,dv->v", last_D, head_DV, preferred_element_type=jnp.float32)
-        return None if bool(jnp.all(jnp.isfinite(logits_V))) else "output head"
+        return None if bool(jnp.all(jnp.isfinite(_logits(model, tokens_1T)))) else "output head"
     finite, broken = 0, total  # layers kept
     while broken - finite > 1:
         middle = (finite + broken) // 2
@@ -60,6 +58,13 @@ def first_part(model: Llama, ids: Sequence[int]) -> str | None:
 def _hidden(model: Llama, tokens_1T: jax.Array) -> jax.Array:
     positions_1T = jnp.arange(tokens_1T.shape[1])[None]
     return model(tokens_1T, positions_1T, segments_BT=None, cache=None, dropout=None)[0]
+
+
+@jax.jit
+def _logits(model: Llama, tokens_1T: jax.Array) -> jax.Array:
+    """After the last token: [V]."""
+    last_D = _hidden(model, tokens_1T)[0, -1]
+    return jnp.einsum("d,dv->v", last_D, model.head(), preferred_element_type=jnp.float32)
 
 
 def _finite(model: Llama, tokens_1T: np.ndarray) -> bool:
