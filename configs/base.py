@@ -252,7 +252,6 @@ def smoke() -> ConfigDict:
     c.sft.train.update({"steps": 20, "batch_size": 16, "checkpoint_every": 10})
     c.self_instruction.update({"prompts": 48, "max_candidates": 960, "batch": 96})
     c.dpo.train.update({"steps": 20, "batch_size": 8, "checkpoint_every": 10})
-    c.eft.max_tied_share = 0.7  # a judge that has hardly learned gives many ties
     c.judging.min_scored = 0.02  # and few scores
     return c
 
