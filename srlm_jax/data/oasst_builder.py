@@ -18,16 +18,17 @@ from srlm_jax.data import oasst
 from srlm_jax.errors import BadInput
 
 _SPLITS = ("train", "validation")
+_MARKS = ("deleted", "synthetic", "review_result")
 
 
 class OpenAssistant(tfds.core.GeneratorBasedBuilder):
-    """The messages that stand in a tree, deleted ones with their mark; `oasst.TFDS_NULLS` stand for what is unset."""
+    """The messages that stand in a tree, withdrawn ones with their marks; `oasst.TFDS_NULLS` stand for unset values."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="oasst1"), tfds.core.BuilderConfig(name="oasst2"))
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Put an Open Assistant export into the folder, trees or messages: JSON Lines, plain or gzip, or Parquet. With "
-        "a second file, one has 'validation' in its name."
+        "Put an Open Assistant export into the folder, trees or messages: JSON Lines, plain or gzip, or Parquet. Of "
+        "two files one has 'validation' in its name."
     )
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -35,7 +36,7 @@ class OpenAssistant(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Messages of Open Assistant: conversation trees with ranked replies.",
-            features=tfds.features.FeaturesDict(features | {"deleted": np.bool_, "rank": np.int32}),
+            features=tfds.features.FeaturesDict(features | {"rank": np.int32} | dict.fromkeys(_MARKS, np.bool_)),
             disable_shuffling=True,
         )
 

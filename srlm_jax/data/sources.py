@@ -1,66 +1,66 @@
 """The user's own data -> the records of the seed data, and a fixed set of prompts.
 
-JSON Lines (plain or gzip), Parquet, or a "tfds:" name; see `srlm_jax.storage.rows`. A row has these columns, others
-are not looked at:
+`srlm_jax.storage.rows` says which files and data sets are read, `srlm_jax.data.layouts` which columns. A row may have
+an "id" of its own. Rows of ours are:
 
     IFT      {"prompt": "...", "response": "..."}
     EFT      {"prompt": "...", "responses": ["...", "..."], "ranks": [1, 0]}    0 is the best, equal ranks are level
     prompts  {"prompt": "..."}
 
-and, if it likes, an "id" of its own. Nothing is repaired: a row that is wrong stops the reading with its place.
+Rows that cannot be used (a blank answer, an id that occurs twice) are dropped and counted by reason. A source is
+refused where they are more than half, and where a value has a wrong type; the message counts such rows.
 """
 
 import collections
-import dataclasses
 import enum
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
 from etils import epath
 
+from srlm_jax.data import layouts
+from srlm_jax.data.layouts import Content, Layout, RowDrop, Unusable
+from srlm_jax.data.scalars import Misfit, identity
 from srlm_jax.data.trees import SeedSplit, same_text_key
 from srlm_jax.errors import BadInput
 from srlm_jax.records import Example, Prompt, RankedPrompt
-from srlm_jax.storage import jsonl, rows
+from srlm_jax.storage import rows
+from srlm_jax.storage.jsonl import BadRecord
 
 
 class SourceDrop(enum.StrEnum):
-    """Why a row of the user's is not trained on."""
+    """Why a usable row of the user's is not trained on."""
 
     IN_EFT_EVAL = "in_eft_eval"  # its prompt is asked in the evaluation
     SAME_PROMPT = "same_prompt"  # an earlier row of the prompts has it
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptRow:
-    """A row of a set of prompts."""
-
-    id: str
-    prompt: str
-
-
-Record = TypeVar("Record", Example, RankedPrompt, PromptRow)
-
-
 def read_examples(source: epath.PathLike, name: str) -> tuple[list[Example], dict[str, int]]:
-    """IFT examples, and how many rows were dropped, by reason. A row without an id is called `name` and its number.
+    """IFT examples, and how many rows were dropped, or used in part, by `RowDrop` and `LeftOut`. A row without an id is
+    called `name` and its number.
 
     Raises:
-      BadRecord, naming file and line: a column is missing, mistyped or blank, or an id occurs twice.
+      BadRecord, naming file and line: no layout has these columns, a value has a wrong type, or more than half of the
+        rows cannot be used.
       MissingExtra, OSError: as `rows.read` does.
     """
-    return _read(source, name, Example)
+    used, counts = _read(source, name, layouts.EXAMPLES)
+    # A human's answer is whole.
+    examples = [Example(id=id_, prompt=c.prompt, response=c.responses[0], finished=True) for id_, c in used]
+    return examples, counts
 
 
 def read_ranked(source: epath.PathLike, name: str) -> tuple[list[RankedPrompt], dict[str, int]]:
     """Prompts with ranked responses; raises as `read_examples` does, and where the ranks do not rank the responses."""
-    return _read(source, name, RankedPrompt)
+    used, counts = _read(source, name, layouts.RANKINGS)
+    ranked = [RankedPrompt(id=id_, prompt=c.prompt, responses=c.responses, ranks=c.ranks) for id_, c in used]
+    return ranked, counts
 
 
 def read_prompts(source: epath.PathLike, name: str, *, blank: bool = False) -> tuple[list[Prompt], dict[str, int]]:
     """A fixed set of prompts, of origin "user"; raises as `read_examples` does. With `blank` they may be empty."""
-    found, counts = _read(source, name, PromptRow, blank=blank)
-    return [Prompt(id=row.id, text=row.prompt, origin="user") for row in found], counts
+    used, counts = _read(source, name, layouts.PROMPTS, blank=blank)
+    return [Prompt(id=id_, text=said.prompt, origin="user") for id_, said in used], counts
 
 
 def without_overlap(
@@ -111,42 +111,53 @@ def _keys(records: Iterable[Example | RankedPrompt]) -> set[str]:
 
 
 def _read(
-    source: epath.PathLike, name: str, cls: type[Record], *, blank: bool = False
-) -> tuple[list[Record], dict[str, int]]:
-    columns = [field.name for field in dataclasses.fields(cls) if field.name not in ("id", "finished")]
-    found, places = [], {}
-    for number, (where, row) in enumerate(rows.read(source, ("id", *columns)), start=1):
-        if missing := [column for column in columns if column not in row]:
-            raise jsonl.BadRecord(
-                f"{where}: no '{missing[0]}'; a row of this kind has {', '.join(columns)} and, if it likes, id"
-            )
-        if row.get("id") is None:
-            row["id"] = f"{name}-{number:06}"
-        if cls is Example:
-            row["finished"] = True  # a human's answer is whole
-        record = jsonl.decode(where, row, cls, rows.ADVICE)
-        problem = None if blank and cls is PromptRow else _fault(record)
-        if problem is None and record.id in places:
-            problem = f"id '{record.id}' is already that of {places[record.id]}"
-        if problem is not None:
-            raise jsonl.BadRecord(f"{where}: {problem}; {rows.ADVICE}")
-        places[record.id] = where
-        found.append(record)
-    return found, {}
+    source: epath.PathLike, name: str, known: Sequence[Layout], *, blank: bool = False
+) -> tuple[list[tuple[str, Content]], dict[str, int]]:
+    """(id, what it says) of every row that can be used, and the counts."""
+    found = rows.read(source, layouts.columns_of(known))
+    first = next(found)
+    layout = layouts.choose(known, first[1], rows.mapping(source))
+    if layout is None:
+        raise BadRecord(f"{first[0]}: {_unknown(source, known)}")
+    used, wrong, dropped, left_out = {}, [], collections.defaultdict(list), collections.Counter()
+    total = 0
+    for total, (where, row) in enumerate(itertools.chain([first], found), start=1):
+        try:
+            said = layouts.read(layout, row, blank=blank)
+            id_ = identity(row.get("id"), "id") or f"{name}-{total:06}"
+            if id_ in used:
+                raise Unusable(RowDrop.SAME_ID)
+        except Misfit as misfit:
+            wrong.append(f"{where}: {misfit}")
+        except Unusable as unusable:
+            dropped[unusable.args[0]].append(where)
+        else:
+            used[id_] = said
+            left_out.update(said.left_out)
+    if wrong:
+        others = f"; {len(wrong)} of {total} rows are wrong, this is the first" if len(wrong) > 1 else ""
+        raise BadRecord(f"{wrong[0]}{others}; {rows.ADVICE}")
+    if 2 * (total - len(used)) > total:
+        reasons = ", ".join(f"{reason} {len(places)} (the first: {places[0]})" for reason, places in dropped.items())
+        raise BadRecord(
+            f"{source}: {total - len(used)} of {total} rows cannot be used: {reasons}; correct them, or take other "
+            f"columns, as by {_example_mapping(layout)}"
+        )
+    counts = {reason: len(places) for reason, places in dropped.items()} | left_out
+    return [*used.items()], {str(reason): count for reason, count in sorted(counts.items())}
 
 
-def _fault(record: Example | RankedPrompt | PromptRow) -> str | None:
-    texts = {name: text for name, text in vars(record).items() if isinstance(text, str)}
-    if isinstance(record, RankedPrompt):
-        texts |= {f"responses[{index}]": text for index, text in enumerate(record.responses)}
-    if blank := [name for name, text in texts.items() if not text.strip()]:
-        return f"'{blank[0]}' is blank"
-    if not isinstance(record, RankedPrompt):
-        return None
-    if len(record.ranks) != len(record.responses):
-        return f"{len(record.responses)} responses and {len(record.ranks)} ranks"
-    if len(set(record.ranks)) < 2:
-        return f"ranks {list(record.ranks)} order nothing: two responses of different rank are needed"
-    if min(record.ranks) != 0:
-        return f"ranks {list(record.ranks)} begin at {min(record.ranks)}: the best has 0"
-    return None
+def _unknown(source: epath.PathLike, known: Sequence[Layout]) -> str:
+    """Why none of the layouts has the columns of a source, and what to do."""
+    columns = rows.columns_of(source)
+    if "message_id" in columns or "message_tree_id" in columns:
+        return "an Open Assistant export, which config.seed_data.trees takes"
+    ways = ", or ".join(" + ".join(layout.columns) for layout in known)
+    return (
+        f"the columns are {', '.join(columns):.300}; wanted: {ways}; name yours at the end of the path, as in "
+        f"{_example_mapping(known[0])}"
+    )
+
+
+def _example_mapping(layout: Layout) -> str:
+    return "FILE?" + "&".join(f"{column}=YOUR_{column.upper()}" for column in layout.columns)

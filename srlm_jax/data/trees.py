@@ -2,8 +2,7 @@
 
 One tree per line: {"message_tree_id", "prompt": {"message_id", "text", "role", "lang", "deleted", "replies": [...]}},
 each reply a message of the same form with a "rank" (0 is the best) where humans ranked it. Only the first turn is
-used: the prompt and its direct replies. `srlm_jax.data.oasst` reads such trees from
-files and checks them.
+used: the prompt and its direct replies. `srlm_jax.data.oasst` reads such trees from files and checks them.
 """
 
 import collections
@@ -21,16 +20,27 @@ from srlm_jax.records import Example, RankedPrompt
 Prompts = Annotated[int, at_least(0), below(2**31)]
 
 
+class Withdrawn(enum.StrEnum):
+    """Why a message is not used, whatever its rank."""
+
+    DELETED = "deleted"
+    SYNTHETIC = "synthetic"  # a reply that a model wrote; a model's prompt is used, for humans answered and ranked it
+    REJECTED = "rejected"  # its `review_result` is false: human reviewers rejected it
+
+
 class SeedDrop(enum.StrEnum):
     """Why a tree, or a reply of a tree that stays, is not in the seed data."""
 
     OTHER_LANGUAGE = "other_language"
     DELETED_PROMPT = "deleted_prompt"
+    REJECTED_PROMPT = "rejected_prompt"
     EMPTY_PROMPT = "empty_prompt"
     SAME_PROMPT = "same_prompt"  # another tree asks the same: on two sides of the split it would leak
     NO_USABLE_RANKING = "no_usable_ranking"  # neither a best reply for IFT nor a ranking for EFT
     UNUSED = "unused"  # beyond the number of prompts asked for
     DELETED_REPLY = "deleted_reply"
+    SYNTHETIC_REPLY = "synthetic_reply"
+    REJECTED_REPLY = "rejected_reply"
     EMPTY_REPLY = "empty_reply"
     OTHER_LANGUAGE_REPLY = "other_language_reply"
     UNRANKED_REPLY = "unranked_reply"
@@ -83,9 +93,9 @@ def split_seed(trees: Sequence[dict], rules: SeedRules, seed: int) -> SeedSplit:
     those with a best reply fill IFT. Trees whose prompts are the same but for case and white space count as one, the
     first in hash order.
 
-    - IFT takes the reply with rank 0; where that one was deleted the tree gives none, for the next one is not the
+    - IFT takes the reply with rank 0; where that one is withdrawn the tree gives none, for the next one is not the
       humans' best.
-    - EFT takes the ranked replies that are not deleted, at least `min_ranked` of them and no two with one rank, their
+    - EFT takes the ranked replies that are not withdrawn, at least `min_ranked` of them and no two with one rank, their
       ranks renumbered 0..k-1; the replies are in hash order, so that their position says nothing of their rank.
 
     Raises ValueError where the trees are too few for `rules` (with the field to lower) or an id occurs twice.
@@ -141,6 +151,15 @@ def ranked_prompts(trees: Sequence[dict], lang: str) -> tuple[list[RankedPrompt]
     return ranked, {str(name): count for name, count in sorted(counts.items()) if count}
 
 
+def withdrawn(message: dict) -> Withdrawn | None:
+    """Why a message is not used, None where it may be."""
+    if message.get("deleted"):
+        return Withdrawn.DELETED
+    if message.get("synthetic") and message["role"] == "assistant":
+        return Withdrawn.SYNTHETIC
+    return Withdrawn.REJECTED if message.get("review_result") is False else None
+
+
 def same_text_key(prompt: str) -> str:
     """What two prompts share that are the same but for case and white space."""
     return " ".join(prompt.split()).casefold()
@@ -159,8 +178,8 @@ def _distinct_prompts(trees: Sequence[dict], lang: str, seed: int, counts: colle
         text = same_text_key(prompt["text"])
         if prompt.get("lang") != lang:
             counts[SeedDrop.OTHER_LANGUAGE] += 1
-        elif prompt.get("deleted"):
-            counts[SeedDrop.DELETED_PROMPT] += 1
+        elif (reason := withdrawn(prompt)) is not None:
+            counts[SeedDrop(f"{reason}_prompt")] += 1
         elif not text:
             counts[SeedDrop.EMPTY_PROMPT] += 1
         elif text in texts:
@@ -175,8 +194,8 @@ def _convert(tree: dict, rules: SeedRules, seed: int, counts: collections.Counte
     prompt = tree["prompt"]
     replies = []
     for reply in prompt.get("replies") or []:
-        if reply.get("deleted"):
-            counts[SeedDrop.DELETED_REPLY] += 1
+        if (reason := withdrawn(reply)) is not None:
+            counts[SeedDrop(f"{reason}_reply")] += 1
         elif not reply["text"].strip():
             counts[SeedDrop.EMPTY_REPLY] += 1
         elif (reply.get("lang") or rules.lang) != rules.lang:

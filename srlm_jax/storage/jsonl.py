@@ -202,12 +202,13 @@ def _parse(data: bytes, where: str, advice: str) -> object:
             f"{where}: not UTF-8 text (byte {error.start} of the line): {error.reason}; {advice}"
         ) from error
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=finite_number)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{where}: not valid JSON: {error}; {advice}") from error
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object of its pairs, for `json`; ValueError where a key occurs twice."""
     document = dict(pairs)
     if len(document) != len(pairs):
         raise ValueError(f"a key occurs twice among {[key for key, _ in pairs]}")
@@ -218,7 +219,8 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite(digits: str) -> float:
+def finite_number(digits: str) -> float:
+    """A JSON number with a fraction or an exponent, for `json`; ValueError where a float cannot hold it."""
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError(f"the number {reprlib.repr(digits)} is too large")

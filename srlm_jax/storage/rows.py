@@ -1,53 +1,62 @@
-"""Rows of data that people bring, as dictionaries: JSON Lines, plain or gzip, Parquet, or a TFDS data set.
+"""Rows of data that people bring, as dictionaries. A source is one of:
 
-What a file is shows in its first bytes, not in its name. Every error names the file and the line or row.
+    FILE             JSON Lines, a JSON array, CSV, Parquet or Arrow, also compressed: see `file_rows`
+    FOLDER           the shards of one such file, in the order of their names
+    tfds:NAME...     a data set of TensorFlow Datasets: see `tfds_rows`
 
-A data set of TensorFlow Datasets is called "tfds:NAME[/CONFIG][:SPLIT][?OURS=THEIRS&...]", as in
-"tfds:my_answers:train?prompt=question&response=answer". Without a split it is "train"; columns that are not mapped bear
-our names. It has been prepared as array_record, in TFDS's own folder (TFDS_DATA_DIR sets another); TensorFlow is not
-needed.
+and may end in a mapping of columns, ?OURS=THEIRS&..., as "answers.jsonl?prompt=question&response=answer". Columns that
+are not mapped have our names.
 """
 
-import gzip
 import hashlib
-import io
 import re
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import numpy as np
 from etils import epath
 
-from srlm_jax.errors import MissingExtra
-from srlm_jax.storage import jsonl
+from srlm_jax.storage import file_rows, tfds_rows
+from srlm_jax.storage.jsonl import BadRecord
 
-ADVICE = "correct the row or remove it, or fetch the file again where it was cut short"
-
+ADVICE = file_rows.ADVICE
 
 _TFDS = "tfds:"
-_TFDS_SOURCE = re.compile(r"tfds:(?P<name>[^:?]+)(?::(?P<split>[^?]+))?(?:\?(?P<mapping>\w+=\w+(?:&\w+=\w+)*))?")
-_GZIP = b"\x1f\x8b"
-_PARQUET = b"PAR1"
+_MAPPED = re.compile(r"(?P<place>.*?)\?(?P<mapping>\w+=[^?&=]+(?:&\w+=[^?&=]+)*)", re.DOTALL)
+_SHARD = re.compile(r"[^.].*\.(jsonl|jsonl\.gz|parquet|arrow)")
 
 
 def read(source: epath.PathLike, columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """("file:line" or "file: row n", row) for every row; of each row those `columns` that it has, and no others.
+    """("file:line" or "file: row n", row) for every row; of each row those `columns` that it has, by our names, and no
+    others.
 
     Raises:
-      BadRecord: the file is cut short, holds no row, or a row is broken; the data set is not there.
-      MissingExtra: it is Parquet or a TFDS data set, and the extra `data` is not installed.
+      BadRecord: the file is of another kind, cut short or damaged, holds no row, or a row is broken; a mapping names
+        columns that are not there; the data set is not there.
+      MissingExtra: a package is needed that is not installed, as for Parquet and TFDS the extra `data`.
       OSError: it cannot be read.
     """
-    found = _tfds_rows(source, columns) if is_tfds(source) else _file_rows(epath.Path(source), columns)
+    theirs = {name: name for name in columns} | _checked_mapping(source, columns)
+    wanted = sorted(set(theirs.values()))
     empty = True
-    for where, row in found:
+    for where, row in _rows(source, wanted):
         empty = False
-        if not isinstance(row, dict):
-            raise jsonl.BadRecord(f"{where}: expected an object, found {row!r:.60}; {ADVICE}")
-        yield where, {name: row[name] for name in columns if name in row}
+        yield where, {name: row[column] for name, column in theirs.items() if column in row}
     if empty:
-        raise jsonl.BadRecord(f"{source}: holds no row; give a source that does")
+        raise BadRecord(f"{source}: holds no row; give a source that does")
+
+
+def columns_of(source: epath.PathLike) -> list[str]:
+    """The columns of the first row, by their names in the source; raises what `read` does."""
+    place, _ = _parts(source)
+    if is_tfds(place):
+        return tfds_rows.columns(place)
+    for _, row in _rows(source, None):
+        return list(row)
+    raise BadRecord(f"{source}: holds no row; give a source that does")
+
+
+def mapping(source: epath.PathLike) -> dict[str, str]:
+    """Our column -> theirs, as the source's end says; empty where it says nothing."""
+    return _parts(source)[1]
 
 
 def is_tfds(source: epath.PathLike) -> bool:
@@ -56,110 +65,70 @@ def is_tfds(source: epath.PathLike) -> bool:
 
 
 def digest(source: epath.PathLike) -> str:
-    """A hash of the content, of a TFDS data set with all its splits: the same wherever it lies.
+    """A hash of the content and of the mapping: the same wherever the source lies. Of a TFDS data set all splits count.
 
     Raises what `read` does where there is nothing to read.
     """
-    if is_tfds(source):
-        folder = epath.Path(_tfds_builder(str(source)).data_path)
-        files = sorted(path for path in folder.iterdir() if not path.is_dir())
-    else:
-        files = [epath.Path(source)]
-    found = hashlib.sha256()
-    for path in files:
+    place, mapped = _parts(source)
+    content = hashlib.sha256(repr(sorted(mapped.items())).encode() if mapped else b"")
+    for path in tfds_rows.files(place) if is_tfds(place) else _files(place):
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    return content.hexdigest()[:16]
 
 
-def _file_rows(path: epath.Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
-    data = path.read_bytes()
-    if data.startswith(_PARQUET):
-        return _parquet_rows(path, data, columns)
-    return jsonl.parse_lines(_unpacked(path, data), str(path), ADVICE)
-
-
-def _unpacked(path: epath.Path, data: bytes) -> bytes:
-    if not data.startswith(_GZIP):
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise jsonl.BadRecord(f"{path}: not a whole gzip file ({error}); fetch it again") from error
-
-
-def _parquet_rows(path: epath.Path, data: bytes, columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtra(f"{path} is Parquet, which needs pyarrow: pip install 'srlm_jax[data]'") from error
-    number = 0
-    try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        there = [name for name in columns if name in file.schema_arrow.names]
-        for batch in file.iter_batches(columns=there):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise jsonl.BadRecord(f"{path}: damaged Parquet after row {number} ({error}); fetch it again") from error
-
-
-def _tfds_builder(source: str) -> Any:
-    """Of a data set that is there; nothing is fetched or prepared."""
-    match = _TFDS_SOURCE.fullmatch(source)
+def _parts(source: epath.PathLike) -> tuple[str, dict[str, str]]:
+    """(the place, the mapping)."""
+    match = _MAPPED.fullmatch(str(source))
     if match is None:
-        raise jsonl.BadRecord(f"{source}: not of the form tfds:NAME[/CONFIG][:SPLIT][?OURS=THEIRS&...]")
-    try:
-        import tensorflow_datasets
-    except ModuleNotFoundError as error:
-        raise MissingExtra(f"{source} needs tensorflow-datasets: pip install 'srlm_jax[data]'") from error
-    advice = (
-        f"prepare it first: tensorflow_datasets.builder('{match['name']}', file_format='array_record')"
-        ".download_and_prepare()"
-    )
-    try:
-        builder = tensorflow_datasets.builder(match["name"])
-    except ValueError as error:  # DatasetNotFoundError too
-        raise jsonl.BadRecord(f"{source}: {str(error).strip().splitlines()[0]} {advice}") from error
-    if not builder.is_prepared():
-        raise jsonl.BadRecord(f"{source}: not in {builder.data_path}; {advice}")
-    return builder
+        return str(source), {}
+    pairs = [pair.split("=") for pair in match["mapping"].split("&")]
+    mapped = dict(pairs)
+    if len(mapped) < len(pairs):
+        raise BadRecord(f"{source}: a column of ours is mapped twice")
+    return match["place"], mapped
 
 
-def _tfds_rows(source: str, columns: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    builder, match = _tfds_builder(source), _TFDS_SOURCE.fullmatch(source)
-    mapping = dict(part.split("=") for part in (match["mapping"] or "").split("&") if part)
-    if unknown := mapping.keys() - {*columns}:
-        raise jsonl.BadRecord(f"{source}: '{min(unknown)}' is not one of our columns {', '.join(columns)}")
-    there = sorted(builder.info.features)
-    if absent := set(mapping.values()) - {*there}:
-        raise jsonl.BadRecord(f"{source}: the data set has no '{min(absent)}', only {', '.join(there)}")
-    theirs = {name: mapping.get(name, name) for name in columns}
-    theirs = {name: column for name, column in theirs.items() if column in there}
-    try:
-        examples = builder.as_data_source(match["split"] or "train")
-    except (ValueError, KeyError, NotImplementedError) as error:
-        splits = ", ".join(sorted(builder.info.splits))
-        raise jsonl.BadRecord(
-            f"{source}: {str(error).strip().splitlines()[0]} It has the splits {splits}, "
-            f"in files of {builder.info.file_format.value}; only array_record can be read"
-        ) from error
-    for number in range(len(examples)):
-        example, where = examples[number], f"{source}: row {number + 1}"
-        try:
-            yield where, {name: _plain(example[column]) for name, column in theirs.items()}
-        except UnicodeDecodeError as error:
-            raise jsonl.BadRecord(f"{where}: not UTF-8 text: {error}; {ADVICE}") from error
+def _checked_mapping(source: epath.PathLike, columns: Sequence[str]) -> dict[str, str]:
+    if not (mapped := mapping(source)):
+        return {}
+    if unknown := mapped.keys() - {*columns}:
+        raise BadRecord(f"{source}: '{min(unknown)}' is not one of our columns {', '.join(columns)}")
+    there = columns_of(source)
+    if absent := set(mapped.values()) - {*there}:
+        raise BadRecord(f"{source}: there is no column '{min(absent)}', only {', '.join(there)}")
+    return mapped
 
 
-def _plain(value: object) -> object:
-    """A value as JSON has it: TFDS gives text as bytes and lists as arrays."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def _rows(source: epath.PathLike, columns: Sequence[str] | None) -> Iterator[tuple[str, dict]]:
+    place, _ = _parts(source)
+    if is_tfds(place):
+        yield from tfds_rows.read(place, columns)
+        return
+    for path in _files(place):
+        yield from file_rows.read(path, columns)
+
+
+def _files(place: str) -> list[epath.Path]:
+    """The file, or the shards of a folder."""
+    path = epath.Path(place)
+    if path.is_dir():
+        return _shards(path)
+    if "?" in path.name and not path.exists():
+        raise BadRecord(f"{place}: not there, and not of the form FILE?OURS=THEIRS&..., as FILE?prompt=question")
+    return [path]
+
+
+def _shards(folder: epath.Path) -> list[epath.Path]:
+    shards = sorted((path for path in folder.iterdir() if _SHARD.fullmatch(path.name)), key=lambda path: path.name)
+    if not shards:
+        raise BadRecord(f"{folder}: a folder without *.jsonl, *.parquet or *.arrow; give a file, or a folder of shards")
+    kinds = sorted({re.sub(r"\d+", "N", path.name) for path in shards})
+    if len(kinds) > 1:
+        raise BadRecord(
+            f"{folder}: holds different files ({', '.join(kinds)}); give one file, or a folder with the shards of one"
+        )
+    whole = re.search(r"-of-0*(\d+)", shards[0].name)
+    if whole and int(whole[1]) != len(shards):
+        raise BadRecord(f"{folder}: {len(shards)} of {whole[1]} shards are there; fetch the others")
+    return shards

@@ -1,6 +1,7 @@
 """Exports in every form give the same trees, and what is wrong with one is told with its place."""
 
 import copy
+import dataclasses
 import gzip
 import json
 import random
@@ -57,29 +58,32 @@ def test_flat_messages_of_open_assistant(shared_data):
     """With the 40 deleted rows kept there would be 1,026 pairs over 418 prompts."""
     export = read_export(shared_data("oasst/oasst1_en-validation.jsonl"))
     assert export.counts == {
-        "messages": 1_979,  # of 2,022 rows
+        "messages": 1_936,  # of 2,022 rows
         "no_parent": 3,
         "deleted": 40,
+        "rejected": 43,
         "roots": 188,
         "ranked_prompts": 416,
         "ordered_pairs": 1_022,
         "first_turn_ranked_prompts": 186,
         "first_turn_ordered_pairs": 531,
-        "unranked_answer": 83,
+        "unranked_answer": 55,
     }
     rules = SeedRules(lang="en", min_ranked=2, ift_prompts=186, eft_train_prompts=0, eft_eval_prompts=0)
     result = split_seed(export.trees, rules, 0)
-    assert (len(result.ift), result.counts["deleted_reply"]) == (186, 10)
+    assert len(result.ift) == 186
+    assert (result.counts["deleted_reply"], result.counts["rejected_reply"]) == (10, 15)
 
 
 def test_nested_trees_of_open_assistant(shared_data):
     assert read_export(shared_data("oasst/en_100_tree.jsonl")).counts == {
-        "messages": 1_167,
+        "messages": 1_150,  # of 1,167
+        "synthetic": 17,
         "roots": 100,
-        "ranked_prompts": 212,
-        "ordered_pairs": 754,
-        "first_turn_ranked_prompts": 99,
-        "first_turn_ordered_pairs": 438,
+        "ranked_prompts": 207,
+        "ordered_pairs": 732,
+        "first_turn_ranked_prompts": 94,
+        "first_turn_ordered_pairs": 416,
         "unranked_answer": 46,
     }
 
@@ -90,7 +94,7 @@ def test_flat_and_nested_give_the_same_seed_data(shared_data, tmp_path):
     random.Random(0).shuffle(flattened)
     flat = read_rows(tmp_path, *flattened)
     assert flat.counts == nested.counts
-    rules = SeedRules(lang="en", min_ranked=2, ift_prompts=50, eft_train_prompts=30, eft_eval_prompts=15)
+    rules = SeedRules(lang="en", min_ranked=2, ift_prompts=50, eft_train_prompts=30, eft_eval_prompts=14)
     assert split_seed(flat.trees, rules, 0) == split_seed(nested.trees, rules, 0)
 
 
@@ -110,9 +114,9 @@ def test_parquet_gives_what_json_lines_do(shared_data, tmp_path):
 def test_a_wrong_row_of_parquet_is_numbered(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `data`")
     parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.Table.from_pylist([message("q", None), message("a", "q", text=None)])
+    table = pyarrow.Table.from_pylist([message("q", None), message("a", "q", role=None)])
     parquet.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(BadRecord, match=r"x\.parquet: row 2: field 'text': expected str, found None"):
+    with pytest.raises(BadRecord, match=r"x\.parquet: row 2: field 'role': expected 'prompter' or"):
         read_export(tmp_path / "x.parquet")
 
 
@@ -149,7 +153,7 @@ def test_what_hangs_below_a_missing_or_deleted_message_counts_for_nothing(tmp_pa
         message("q3", "e"),
     )
     assert export.counts == {
-        "messages": 2, "roots": 1, "deleted": 1, "below_deleted": 3, "no_parent": 1, "below_no_parent": 1,
+        "messages": 2, "roots": 1, "deleted": 1, "below_withdrawn": 3, "no_parent": 1, "below_no_parent": 1,
     }  # fmt: skip
 
 
@@ -170,11 +174,14 @@ def test_a_circle_names_a_message_on_it(tmp_path):
         read_rows(tmp_path, message("q1", "q1"))
 
 
-@pytest.mark.parametrize("names", [("q", "a", "a", "b"), ("a", "q", "q")])
-def test_an_id_that_occurs_twice_is_named_with_both_lines(tmp_path, names):
-    (twice,) = {name for name in names if names.count(name) == 2}
-    with pytest.raises(BadRecord, match=rf"x\.jsonl:\d: message_id '{twice}' is already that of .*x\.jsonl:\d;"):
-        read_rows(tmp_path, *(message(name, None if name == "q" else "q") for name in names))
+@pytest.mark.parametrize("names", [("q", "a", "a", "b"), ("a", "b", "q", "q")])
+def test_of_messages_with_one_id_the_first_counts(tmp_path, names):
+    rows = [message(name, None if name == "q" else "q", text=str(i)) for i, name in enumerate(names)]
+    export = read_rows(tmp_path, *rows)
+    trees = {"repeated_tree": 1} if names.count("q") == 2 else {}
+    assert export.counts == {"messages": 3, "roots": 1, "unranked_answer": 2, "repeated": 1} | trees
+    texts = {m["message_id"]: m["text"] for m in messages(export.trees)}
+    assert texts == {name: str(names.index(name)) for name in names}
 
 
 def without(name):
@@ -189,8 +196,14 @@ def without(name):
         (without("message_id"), "field 'message_id': missing"),
         (without("text"), "field 'text': missing"),
         (without("role"), "field 'role': missing"),
-        (message("a", 3), "field 'parent_id': expected str, found 3"),
-        (message("a", "q", rank="0"), "field 'rank': expected int, found '0'"),
+        (message("a", ["q"]), r"field 'parent_id': expected str, found \['q'\]"),
+        (message(" ", "q"), "field 'message_id': missing"),
+        (message("a", "q", rank="best"), "field 'rank': expected int, found 'best'"),
+        (message("a", "q", rank=0.5), "field 'rank': expected int, found 0.5"),
+        (message("a", "q", synthetic="?"), "field 'synthetic': expected bool, found '?'"),
+        (message("a", "q", replies="[]"), r"field 'replies': expected list, found '\[\]'"),
+        (message("a", "q", replies=["b"]), r"field 'replies\[0\]': expected an object, found 'b'"),
+        (message("a", "q", replies=[message("b", "a")]), r"field 'replies\[0\].role': expected 'prompter', .* found"),
         (message("a", "q", rank=-1), "field 'rank': expected 0 or more, found -1"),
         (message("a", "q", deleted="no"), "field 'deleted': expected bool"),
         (message("a", "q", role="system"), "field 'role': expected 'prompter' or 'assistant', found 'system'"),
@@ -198,12 +211,109 @@ def without(name):
         (message("a", None, role="assistant"), "field 'role': expected 'prompter', .* found 'assistant'"),
         (message("a", "q", text="\ud83d"), "field 'text': not text that UTF-8 can hold"),
         (["a"], r"expected an object, found \['a'\]"),
-        (tree("t"), "field 'message_id': missing"),
     ],
 )
 def test_a_wrong_message_is_named(tmp_path, row, problem):
     with pytest.raises(BadRecord, match=rf"x\.jsonl:2: {problem}"):
         read_rows(tmp_path, message("q", None), row)
+
+
+def test_all_wrong_rows_are_counted(tmp_path):
+    wrong = [message("a", "q", rank="best"), message("b", "q"), message("c", "q", text=3)]
+    with pytest.raises(BadRecord, match=r"x\.jsonl:2: field 'rank': .*; 2 of 4 rows are wrong, this is the first"):
+        read_rows(tmp_path, message("q", None), *wrong)
+    roles = [message("q", None), message("a", "q", role="prompter"), message("b", "q", role="prompter")]
+    with pytest.raises(BadRecord, match=r"x\.jsonl:2: field 'role': .*; 2 of 3 messages are wrong, this is the first"):
+        read_rows(tmp_path, *roles)
+
+
+def test_columns_that_are_no_export_are_named(tmp_path):
+    problem = r"x\.jsonl:1: neither a message tree .* nor a message .*, but instruction, output; give an Open Assistant"
+    with pytest.raises(BadRecord, match=problem):
+        read_rows(tmp_path, {"instruction": "q", "output": "r"})
+
+
+def test_withdrawn_messages_stay_in_their_tree_with_their_mark(tmp_path):
+    export = read_rows(
+        tmp_path,
+        message("q", None, synthetic=True),  # a model's prompt, answered and ranked by humans
+        message("a", "q", rank=0, synthetic=True),
+        message("b", "q", rank=1, review_result=False),
+        message("q2", "b"),
+        message("c", "q", rank=2, review_result=True, synthetic=False),
+        message("d", "q", rank=3, review_result=None, synthetic=None),
+        message("e", "q", rank=4, deleted=True, synthetic=True),
+    )
+    assert export.counts == {
+        "messages": 3, "roots": 1, "synthetic": 1, "rejected": 1, "deleted": 1, "below_withdrawn": 1,
+        "ranked_prompts": 1, "ordered_pairs": 1, "first_turn_ranked_prompts": 1, "first_turn_ordered_pairs": 1,
+    }  # fmt: skip
+    rules = dataclasses.replace(RULES, eft_eval_prompts=1)
+    split = split_seed(export.trees, rules, 0)
+    assert sorted(split.eft_eval[0].responses) == ["text c", "text d"]
+    assert {name: count for name, count in split.counts.items() if name.endswith("_reply")} == {
+        "deleted_reply": 1, "rejected_reply": 1, "synthetic_reply": 1,
+    }  # fmt: skip
+
+
+# --- numbers and marks as pandas and CSV write them -------------------------------------------------------------------
+
+
+def test_numbers_of_pandas_and_texts_of_csv_are_read(tmp_path):
+    """Ranks as 0.0 and NaN, ids as numbers, marks as text."""
+    plain = read_rows(
+        tmp_path,
+        message("1", None),
+        message("2", "1", rank=0),
+        message("3", "1", rank=1, deleted=True),
+        message("4", "1"),
+    )
+    nan = float("nan")
+    floats = [
+        message("1", None) | {"message_id": 1, "parent_id": nan, "rank": nan},
+        message("2", "1") | {"message_id": 2.0, "parent_id": 1.0, "rank": 0.0},
+        message("3", "1") | {"message_id": 3.0, "parent_id": 1, "rank": 1.0, "deleted": 1.0},
+        message("4", "1") | {"message_id": 4, "parent_id": 1.0, "rank": nan, "deleted": nan},
+    ]
+    plain.trees[0]["prompt"]["replies"][2]["deleted"] = None
+    assert read_rows(tmp_path, *floats) == plain
+    plain.trees[0]["prompt"]["replies"][2]["deleted"] = False
+    path = tmp_path / "x.csv"
+    path.write_text(
+        "message_id,parent_id,text,role,lang,deleted,rank\n"
+        "1,,text 1,prompter,en,False,\n"
+        "2,1,text 2,assistant,en,False,0.0\n"
+        "3,1,text 3,assistant,en,True,1.0\n"
+        "4,1,text 4,assistant,en,False,\n"
+    )
+    assert read_export(path) == plain
+
+
+def test_pandas_writes_what_is_read(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow", reason="needs the extra `data`")
+    rows = [message("q", None), message("a", "q", rank=0), message("b", "q", rank=1)]
+    expected = read_rows(tmp_path, *rows)
+    frame = pandas.DataFrame(rows).drop(columns=["labels", "emojis"])
+    frame.to_parquet(tmp_path / "x.parquet")
+    frame.to_csv(tmp_path / "x.csv")
+    frame.to_json(tmp_path / "x.json", orient="records")
+    for name in ("x.parquet", "x.csv", "x.json"):
+        assert read_export(tmp_path / name) == expected, name
+
+
+def test_a_blank_text_is_dropped_by_the_split(tmp_path):
+    export = read_rows(tmp_path, message("q", None), *(message(n, "q", rank=i) for i, n in enumerate("abc")))
+    export.trees[0]["prompt"]["replies"][1]["text"] = ""
+    null = read_rows(
+        tmp_path,
+        message("q", None),
+        message("a", "q", rank=0),
+        message("b", "q", rank=1, text=None),
+        message("c", "q", rank=2),
+    )
+    assert null == export
+    assert split_seed(null.trees, dataclasses.replace(RULES, eft_eval_prompts=1), 0).counts["empty_reply"] == 1
 
 
 # --- nested trees -----------------------------------------------------------------------------------------------------
@@ -236,9 +346,42 @@ def test_every_turn_is_surveyed(tmp_path):
     )
 
 
-def test_an_id_that_two_trees_use_is_named(tmp_path):
-    with pytest.raises(BadRecord, match=r"x\.jsonl:2: message_id 'a' is already that of .*x\.jsonl:1"):
-        read_rows(tmp_path, tree("s", reply("a", 0)), tree("t", reply("b", 0, ask("q", reply("a", 0)))))
+def test_trees_that_are_repeated_count_once(tmp_path):
+    """551 rows, of them 31 trees that came before."""
+    trees = ranked_trees(520)
+    later = [*trees[:30], tree("t30", reply("t30a", 0), reply("new", 3))]
+    export = read_rows(tmp_path, *trees, *later)
+    assert len(export.trees) == 520
+    assert (export.counts["repeated_tree"], export.counts["repeated"]) == (31, 30 * 4 + 2)
+    assert export.trees[:30] == trees[:30]
+    assert [r["message_id"] for r in export.trees[30]["prompt"]["replies"]] == ["t30a", "t30b", "t30c", "new"]
+
+
+def test_two_trees_of_one_id_count_once(tmp_path):
+    other = tree("t0", reply("x", 0)) | {"prompt": ask("another", reply("x", 0))}
+    export = read_rows(tmp_path, *ranked_trees(1), other)
+    assert export.trees == ranked_trees(1)
+    assert (export.counts["repeated_tree"], export.counts["repeated"]) == (1, 2)
+
+
+def test_a_message_of_another_tree_is_left_out(tmp_path):
+    export = read_rows(tmp_path, tree("s", reply("a", 0)), tree("t", reply("b", 0, ask("q", reply("a", 0)))))
+    assert export.counts["repeated"] == 1 and "repeated_tree" not in export.counts
+    assert [m["message_id"] for m in messages(export.trees)] == ["s", "a", "t", "b", "q"]
+
+
+def test_root_messages_that_carry_their_tree_are_trees(tmp_path):
+    """Rows that look flat, with a tree each in `replies`."""
+    trees = ranked_trees(3)
+    trees[1]["prompt"]["replies"][0]["replies"] = [ask("later", reply("deep", 0))]
+    roots = [one["prompt"] | {"parent_id": None} for one in trees]
+    export = read_rows(tmp_path, *roots)
+    assert export == read_export(write(tmp_path / "nested", trees))
+    assert export.counts["messages"] == 3 * 4 + 2
+    named = read_rows(tmp_path, *(root | {"message_tree_id": root["message_id"], "parent_id": ""} for root in roots))
+    assert named == export
+    every = [m | {"replies": []} for m in messages(trees)]  # each message as a row, and below its root as well
+    assert read_rows(tmp_path, *roots, *every).trees == export.trees
 
 
 def set_in(path, value):
@@ -260,15 +403,15 @@ REPLY = r"field 'prompt.replies\[1\]"
     ("change", "problem"),
     [
         (set_in(["message_tree_id"], None), "field 'message_tree_id': missing"),
-        (set_in(["message_tree_id"], 3), "field 'message_tree_id': expected str, found 3"),
-        (set_in(["prompt"], None), "field 'prompt': missing"),
-        (set_in(["prompt"], "hello"), "field 'prompt': expected dict, found 'hello'"),
+        (set_in(["message_tree_id"], ["t"]), r"field 'message_tree_id': expected str, found \['t'\]"),
+        (set_in(["prompt"], None), "field 'prompt': expected an object, found None"),
+        (set_in(["prompt"], "hello"), "field 'prompt': expected an object, found 'hello'"),
         (set_in(["prompt", "text"], None), "field 'prompt.text': missing"),
         (set_in(["prompt", "role"], "assistant"), "field 'prompt.role': expected 'prompter', .* found 'assistant'"),
         (set_in(["prompt", "deleted"], "no"), "field 'prompt.deleted': expected bool"),
         (set_in(["prompt", "replies"], {}), "field 'prompt.replies': expected list"),
         (set_in(["prompt", "replies", 1], "x"), f"{REPLY}': expected an object"),
-        (set_in(["prompt", "replies", 1, "rank"], "0"), rf"{REPLY}.rank': expected int, found '0'"),
+        (set_in(["prompt", "replies", 1, "rank"], "x"), rf"{REPLY}.rank': expected int, found 'x'"),
         (set_in(["prompt", "replies", 1, "rank"], True), rf"{REPLY}.rank': expected int"),
         (set_in(["prompt", "replies", 1, "rank"], -1), rf"{REPLY}.rank': expected 0 or more"),
         (set_in(["prompt", "replies", 1, "message_id"], None), rf"{REPLY}.message_id': missing"),
@@ -304,7 +447,7 @@ def test_keys_of_a_tree_that_are_unset_may_be_absent_or_null(tmp_path):
         (lambda whole: whole[:-20], r"x:2: not valid JSON"),
         (lambda whole: whole + b"{not json}\n", r"x:3: not valid JSON"),
         (lambda whole: whole.replace(b"question t1", b"question \xff"), r"x:2: not UTF-8 text"),
-        (lambda whole: whole + b"\n", r"x:3: not valid JSON"),
+        (lambda whole: b"[" + whole, r"x:1 \(item 1\): expected a comma"),
         (lambda whole: b"", r"x: holds no row"),
         (lambda whole: gzip.compress(whole)[:-30], r"x: not a whole gzip file"),
         (lambda whole: gzip.compress(whole)[:10] + b"\0" * 40, r"x: not a whole gzip file"),

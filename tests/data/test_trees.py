@@ -68,6 +68,16 @@ def test_a_deleted_best_answer_gives_no_ift_example_and_ranks_close_up():
     assert (result.counts["deleted_reply"], result.counts["unranked_reply"]) == (1, 1)
 
 
+@pytest.mark.parametrize(("mark", "name"), [({"synthetic": True}, "synthetic"), ({"review_result": False}, "rejected")])
+def test_a_withdrawn_answer_is_neither_the_best_nor_ranked(mark, name):
+    trees = [tree("t", reply("a", 0, **mark), reply("b", 3), reply("c", 1)), tree("u", reply("d", 0), synthetic=True)]
+    result = split(trees, ift_prompts=1, eft_train_prompts=1)
+    assert ids(result.ift) == ["u"]
+    (ranked,) = result.eft_train
+    assert sorted(ranked.responses) == ["text b", "text c"]
+    assert result.counts[f"{name}_reply"] == 1
+
+
 def test_the_place_of_a_response_says_nothing_of_its_rank():
     result = split(ranked_trees(60), eft_train_prompts=60)
     first = [ranked.ranks[0] for ranked in result.eft_train]
@@ -101,10 +111,11 @@ def test_what_is_dropped_is_counted():
         tree("5", *two, text=" \n"),
         tree("6", reply("a", None)),
         tree("7", reply("a", 0), reply("b", 1, lang="fr"), reply("c", 1, text=" ")),
+        tree("8", *two, review_result=False),
     ]
     result = split(trees, ift_prompts=1, eft_train_prompts=1)
     assert result.counts == {
-        "trees": 7,
+        "trees": 8,
         "ift": 1,
         "eft_train": 1,
         "eft_eval": 0,
@@ -112,6 +123,7 @@ def test_what_is_dropped_is_counted():
         "same_prompt": 1,
         "other_language": 1,
         "deleted_prompt": 1,
+        "rejected_prompt": 1,
         "empty_prompt": 1,
         "no_usable_ranking": 1,
         "unranked_reply": 1,
@@ -156,15 +168,16 @@ def test_rules_that_make_no_sense(field, value):
 def test_real_open_assistant_trees(shared_data):
     trees = read_export(shared_data("oasst/en_100_tree.jsonl")).trees
     assert len(trees) == 100
-    result = split(trees, ift_prompts=50, eft_train_prompts=30, eft_eval_prompts=15)
+    result = split(trees, ift_prompts=50, eft_train_prompts=30, eft_eval_prompts=12)
     assert result.counts == {
         "trees": 100,
         "ift": 50,
         "eft_train": 30,
-        "eft_eval": 15,
-        "unused": 4,
-        "no_usable_ranking": 1,
+        "eft_eval": 12,
+        "unused": 2,
+        "no_usable_ranking": 6,
         "unranked_reply": 3,
+        "synthetic_reply": 17,  # all the replies of five trees
     }
     by_id = {one["message_tree_id"]: one["prompt"] for one in trees}
     for example in result.ift:

@@ -77,6 +77,28 @@ def test_three_files_give_the_seed_without_overlap(tmp_path, own):
     assert run.ledger.entry("seed")["counts"]["ift_in_eft_eval"] == 1
 
 
+def test_rows_that_are_dropped_are_counted_by_file_and_reason(tmp_path, own):
+    with own["ift"].open("a") as file:
+        file.write('{"prompt": "more", "response": ""}\n')
+    with own["eft_eval"].open("a") as file:
+        file.write('{"prompt": "more", "responses": ["a", "b"], "ranks": [0.0, 0.0]}\n')
+    run = open_run(tmp_path / "run", **own)
+    seeding.split_seed(run)
+    counts = run.ledger.entry("seed")["counts"]
+    assert {name: counts[name] for name in ("ift", "ift_blank_response", "eft_eval", "eft_eval_unordered")} == {
+        "ift": 11, "ift_blank_response": 1, "eft_eval": 2, "eft_eval_unordered": 1,
+    }  # fmt: skip
+
+
+def test_a_source_may_map_its_columns(tmp_path, own):
+    write(own["ift"], [{"question": f"ask {i}", "answer": "r", "prompt": "other"} for i in range(12)])
+    mapped = own | {"ift": f"{own['ift']}?prompt=question&response=answer"}
+    seeding.split_seed(open_run(tmp_path / "run", **mapped))
+    assert jsonl.read(tmp_path / "run" / "seed" / "ift.jsonl", Example)[0].prompt == "ask 1"
+    with pytest.raises(StaleStage, match=r"config\.seed_data\.ift was .*prompt=question"):
+        seeding.split_seed(open_run(tmp_path / "run", **own))
+
+
 def test_a_file_that_changed_under_its_name_makes_the_seed_stale(tmp_path, own):
     seeding.split_seed(open_run(tmp_path / "run", **own))
     seeding.split_seed(open_run(tmp_path / "run", **own))
@@ -140,13 +162,14 @@ def take(tmp_path, own, *prompts):
 
 
 def test_fixed_prompts_replace_self_instruction(tmp_path, own):
-    run = take(tmp_path, own, "name two fruits .", "ASK 0", "name  two fruits .", "apple " * 40, "list one city .")
+    asked = ("name two fruits .", "ASK 0", "name  two fruits .", "apple " * 40, "list one city .", "")
+    run = take(tmp_path, own, *asked)
     assert jsonl.read(run.workdir / "m2" / "prompts", Prompt) == [
         Prompt(id="prompt-000001", text="name two fruits .", origin="user"),
         Prompt(id="prompt-000005", text="list one city .", origin="user"),
     ]
     counts = run.ledger.entry("m2/prompts")["counts"]
-    assert counts == {"kept": 2, "in_eft_eval": 1, "same_prompt": 1, "too_many_tokens": 1}
+    assert counts == {"kept": 2, "in_eft_eval": 1, "same_prompt": 1, "too_many_tokens": 1, "blank_prompt": 1}
 
 
 def test_fixed_prompts_that_change_make_the_round_stale(tmp_path, own):
@@ -159,7 +182,7 @@ def test_fixed_prompts_that_change_make_the_round_stale(tmp_path, own):
 def test_fixed_prompts_that_cannot_be_used_are_refused(tmp_path, own):
     with pytest.raises(EmptyStage, match=r"^m2/prompts: none of the 1 prompts .*prompts_file .*'in_eft_eval': 1"):
         take(tmp_path, own, "ask 0")
-    with pytest.raises(BadConfig, match=r"^config\.self_instruction\.prompts_file: .*/prompts:1: 'prompt' is blank"):
+    with pytest.raises(BadConfig, match=r"^config\.self_instruction\.prompts_file: .*1 of 1 rows .* blank_prompt 1"):
         take(tmp_path, own, " ")
 
 
