@@ -163,7 +163,7 @@ def test_rows_that_cannot_be_used(known, row, reason):
         (PROMPTS, {"prompt": {"message_id": "x"}}, "a message tree of Open Assistant, which config.seed_data.trees"),
         (RANKINGS, {"chosen": "\n\nHuman: q", "rejected": "x"}, "field 'chosen': expected a list of messages where"),
         (RANKINGS, {"prompt": "q", "responses": "good", "ranks": [0]}, "field 'responses': expected a list"),
-        (RANKINGS, {"prompt": "q", "responses": ["a", "b"], "ranks": "[0, 1]"}, "'ranks': .* a list as text, which is"),
+        (RANKINGS, {"prompt": "q", "responses": ["a", "b"], "ranks": "[0, 1]"}, "'ranks': .*a list as text, which is"),
         (RANKINGS, {"prompt": "q", "responses": ["a", 3], "ranks": [0, 1]}, r"field 'responses\[1\]': expected str"),
         (RANKINGS, {"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1.5]}, "expected int, found 1.5"),
         (RANKINGS, {"prompt": "q", "responses": ["a", "b"], "ranks": [0, True]}, r"'ranks\[1\]': expected int"),

@@ -11,7 +11,7 @@ import pytest
 
 from srlm_jax.data.oasst import messages, read_export, survey
 from srlm_jax.data.trees import SeedRules, split_seed
-from srlm_jax.storage import rows
+from srlm_jax.errors import MissingExtra
 from srlm_jax.storage.jsonl import BadRecord
 
 RULES = SeedRules(lang="en", min_ranked=2, ift_prompts=0, eft_train_prompts=0, eft_eval_prompts=0)
@@ -123,7 +123,7 @@ def test_a_wrong_row_of_parquet_is_numbered(tmp_path):
 def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "x").write_bytes(b"PAR1")
-    with pytest.raises(rows.MissingExtra, match=r"x is Parquet, which needs pyarrow: .*srlm_jax\[data\]"):
+    with pytest.raises(MissingExtra, match=r"x is Parquet, which needs pyarrow: .*srlm_jax\[data\]"):
         read_export(tmp_path / "x")
 
 
