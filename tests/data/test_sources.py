@@ -185,3 +185,9 @@ def test_fixed_prompts_are_taken_once_and_none_from_the_evaluation():
     kept, counts = usable_prompts(prompts, [ranked("C")])
     assert [prompt.text for prompt in kept] == ["a", "B"]
     assert counts == {"in_eft_eval": 1, "same_prompt": 2}
+
+
+def test_prompts_may_be_blank_where_that_is_asked_for(tmp_path):
+    path = write(tmp_path, {"prompt": ""}, {"prompt": "q"})
+    assert [prompt.text for prompt in read_prompts(path, "prompt", blank=True)[0]] == ["", "q"]
+    assert read_prompts(path, "prompt")[1] == {"blank_prompt": 1}
