@@ -109,7 +109,7 @@ BAD = [
     (
         {f"self_instruction.endpoint.{name}": value for name, value in SERVER.items()}
         | {"self_instruction.endpoint.key_variable": "NO_SUCH_KEY"},
-        "the environment variable NO_SUCH_KEY",
+        "config.self_instruction.endpoint: the environment variable NO_SUCH_KEY",
     ),
     ({"endpoint.url": "http://localhost:9/v1", "endpoint.model": "m1"}, "config.endpoint.model is 'm1': it must hold"),
     ({"endpoint.url": "localhost:9", "endpoint.model": "{name}"}, "config.endpoint: url must be like"),
