@@ -7,8 +7,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from srlm_jax.data import world
 from srlm_jax.pipeline.generate import ModelGenerate, watched_ids
-from srlm_jax.records import WatchedCompletion
+from srlm_jax.records import Request, WatchedCompletion
 from srlm_jax.sampling.engine import Sample
+from srlm_jax.text.chat import PLAIN
 from srlm_jax.text.tokenizer import HuggingFaceTokenizer, WordTokenizer
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
@@ -40,9 +41,10 @@ def completion(tokenizer, ids, *, finished, stop=()):
     sizes = np.repeat([len(some) for some in watched], [len(some) for some in watched])
     sample = Sample(tuple(ids), finished, np.log(np.maximum(places / sizes, 1e-30)).astype(np.float32))
     source = ModelGenerate(
-        model=None, tokenizer=tokenizer, chat_format=None, config=None, mesh=None, key=None, work=None
+        model=None, tokenizer=tokenizer, chat_format=PLAIN, config=None, mesh=None, key=None, work=None
     )
-    return source._decode(sample, tokenizer.ends, stop, watched)
+    request = Request(id="a", prompts=("",), chat=True)
+    return source._decode(sample, tokenizer.ends, stop, watched, request, ())
 
 
 def place(tokenizer, text, *, finished=True, head="Score:", stop=()):
