@@ -435,6 +435,7 @@ def test_validation_answers_are_judged_by_the_server_and_by_nobody_else(config, 
         return [tuple(tuple(map(one, range(params.samples))) for _ in request.prompts) for request in requests]
 
     monkeypatch.setattr(type(run), "generate", lambda run, name, stage: generate)
+    monkeypatch.setattr(evaluation, "human_loss", lambda run, name: {})  # there is no model
     evaluation.evaluate(run, "m0")
     metrics = jsonl.read_json(tmp_path / "run" / "m0" / "eval" / "metrics.json")
     asked = [fields["messages"][0]["content"] for _, _, fields in server.asked]
