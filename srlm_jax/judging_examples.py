@@ -1,4 +1,4 @@
-"""`python -m srlm_jax.judging_examples --trees=FILE --output=FILE.jsonl`, or `--ranked=FILE`: judging examples for
+"""`python -m srlm_jax.judging_examples --trees=FILE --examples=FILE.jsonl`, or `--ranked=FILE`: judging examples for
 config.seed_data.eft from answers that humans ranked."""
 
 import collections
@@ -22,7 +22,7 @@ _RANKED = flags.DEFINE_string(
 )
 _TREES = flags.DEFINE_string("trees", None, "An Open Assistant export, in place of --ranked.")
 _LANG = flags.DEFINE_string("lang", "en", "The language of the trees that are used.")
-_OUTPUT = flags.DEFINE_string("output", None, "The file to make: one judging example a line.")
+_EXAMPLES = flags.DEFINE_string("examples", None, "The file to make: one judging example a line.")
 _VERDICT = flags.DEFINE_string(
     "template",
     None,
@@ -53,7 +53,7 @@ def write_examples(
         raise BadInput("give one of --ranked=FILE and --trees=FILE")
     output = epath.Path(output)
     if output.exists():
-        raise BadInput(f"--output={output} is there already: choose another file, or remove it")
+        raise BadInput(f"--examples={output} is there already: choose another file, or remove it")
     wording = TEMPLATE if template is None else read_template(template)
     if ranked is not None:
         prompts, counts = sources.read_ranked(ranked, "ranked")
@@ -99,10 +99,10 @@ def _said(counts: dict[str, int]) -> str:
 def main(argv: list[str]) -> None:
     with commandline.begin(argv, "--trees=FILE"):
         write_examples(
-            _OUTPUT.value, ranked=_RANKED.value, trees=_TREES.value, lang=_LANG.value, template=_VERDICT.value
+            _EXAMPLES.value, ranked=_RANKED.value, trees=_TREES.value, lang=_LANG.value, template=_VERDICT.value
         )
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["output"])
+    flags.mark_flags_as_required(["examples"])
     app.run(main)

@@ -85,7 +85,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     for sources in ({}, {"ranked": source, "trees": source}):
         with pytest.raises(BadInput, match=r"one of --ranked=FILE and --trees=FILE"):
             make(tmp_path / "eft", **sources)
-    with pytest.raises(BadInput, match=rf"--output={re.escape(str(source))} is there already"):
+    with pytest.raises(BadInput, match=rf"--examples={re.escape(str(source))} is there already"):
         make(source, ranked=source)
 
 
