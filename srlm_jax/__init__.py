@@ -5,7 +5,7 @@ The losses load nothing but jax and numpy; everything else is imported when it i
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "dpo_loss": "srlm_jax.train.losses",

@@ -11,7 +11,9 @@ from srlm_jax.pipeline.command import run_command
 from srlm_jax.pipeline.settings import Settings, field_names
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Which models to make, and everything they depend on.")
-_REDO = flags.DEFINE_string("redo", None, "A stage to remove, with all that depends on it, and to make again.")
+_REDO = flags.DEFINE_string(
+    "redo", None, "Stages to remove, with all that depends on them, and to make again: m2/pairs,m2/eval."
+)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

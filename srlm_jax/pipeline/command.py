@@ -41,7 +41,7 @@ def run_command(config: Mapping, redo: str | None, given: Sequence[str] = ()) ->
 
     Args:
       config: the tree of a config file.
-      redo: a stage to remove with all that depends on it.
+      redo: stages to remove with all that depends on them, with commas between.
       given: full names of the fields that the user has set; those without effect in this run are printed.
 
     Raises a UserError or an OSError; what was done until then stays, and the same command goes on from there.

@@ -165,7 +165,9 @@ def check_scored(run: Run, stage: str, judge_name: str, judged: Sequence[JudgedP
         more = expected > parsed and not teaches and not by_expected
         raise EmptyStage(
             f"{said}. config.judging.min_scored is {s.min_scored:g}. Look at the texts in {run.workdir / stage} or in "
-            f"report.html. What helps: {'; '.join(_advice(run, counts, teaches=teaches, expected_helps=more))}"
+            f"report.html. What helps: {'; '.join(_advice(run, counts, teaches=teaches, expected_helps=more))}. With "
+            "another prefix, rubric or length the models are judged anew: add "
+            f"--redo={','.join(run.ledger.made_by('config.judging'))}"
         )
     if share < WARN_SCORED and hosts.is_main():
         print(f"warning: {said}; the others are not used", file=sys.stderr, flush=True)

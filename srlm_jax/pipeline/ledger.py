@@ -148,29 +148,39 @@ class Ledger:
                 "depends on it and make them again"
             )
 
-    def redo(self, stage: str) -> list[str]:
-        """Removes a stage and every stage that depends on it, with their files; returns their names. All processes of a
-        job call it, and the first one removes.
+    def _entries(self) -> dict[str, dict]:
+        entries = map(jsonl.read_json, sorted((self.workdir / "ledger").glob("*.json")))
+        return {entry["stage"]: entry for entry in entries}
+
+    def made_by(self, field: str) -> list[str]:
+        """The stages that were begun or are done and depend on a configuration field or on a part of it."""
+        return [
+            name
+            for name, entry in self._entries().items()
+            if any(key == field or key.startswith(f"{field}.") for key in entry["config"])
+        ]
+
+    def redo(self, stages: str) -> list[str]:
+        """Removes stages ("m2/pairs", or several with commas between) and every stage that depends on one of them, with
+        their files; returns their names. All processes of a job call it, and the first one removes.
 
         Raises:
-          ValueError: the workdir has no such stage; the message lists those it has.
+          BadInput: the workdir has no such stage; the message lists those it has.
         """
-        entries = {}
-        for path in sorted((self.workdir / "ledger").glob("*.json")):
-            entry = jsonl.read_json(path)
-            entries[entry["stage"]] = entry
-        if stage not in entries:
-            raise BadInput(f"--redo={stage}: {self.workdir} has no such stage; it has {', '.join(entries) or 'none'}")
-        stale = {stage}
+        entries, named = self._entries(), stages.split(",")
+        if unknown := [name for name in named if name not in entries]:
+            there = ", ".join(entries) or "none"
+            raise BadInput(f"--redo={unknown[0]}: {self.workdir} has no such stage; it has {there}")
+        stale = set(named)
         while grown := {name for name, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
             stale |= grown
         hosts.barrier("redo: every process has read what there is")
         if hosts.is_main():
             # Marked first: killed from here on, no stage is taken for done, or for started, with half of its files. The
-            # stage itself goes last, so that the same command can be given again.
+            # named stages go last, so that the same command can be given again.
             for name in stale:
                 jsonl.write_json(self._path(name), {**entries[name], "status": "removed"})
-            for name in sorted(stale, key=lambda name: (name == stage, name)):
+            for name in sorted(stale, key=lambda name: (name in named, name)):
                 self._remove(entries[name])
         hosts.barrier("redo: nothing is left")
         return sorted(stale)

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 from etils import epath
 
+from srlm_jax.errors import BadInput
 from srlm_jax.pipeline.ledger import Ledger, Outcome, StaleStage
 from srlm_jax.storage import jsonl
 
@@ -137,6 +138,20 @@ def test_redo_removes_a_stage_and_what_depends_on_it_and_nothing_else(done):
     again.changes["m2/b"] = {"config.b.size": [1, 3]}
     again.run()
     assert again.worked == ["m2/b", "m2/c"]
+
+
+def test_redo_takes_several_stages(done):
+    ledger = Ledger(epath.Path(done), "1")
+    assert ledger.redo("d,m2/c") == ["d", "m2/c"]
+    with pytest.raises(BadInput, match=r"^--redo=d: .* it has a, m2/b$"):
+        ledger.redo("m2/b,d")
+    assert ledger.entry("m2/b") is not None
+
+
+def test_stages_are_known_by_the_fields_they_depend_on(done):
+    ledger = Ledger(epath.Path(done), "1")
+    assert ledger.made_by("config.b") == ledger.made_by("config.b.size") == ["m2/b"]
+    assert ledger.made_by("config") == ["a", "d", "m2/b", "m2/c"] and ledger.made_by("config.b.si") == []
 
 
 def test_redo_of_the_first_stage_removes_all(done):
