@@ -114,7 +114,6 @@ def _marks(template: str) -> re.Pattern | None:
         if mark[0] == "<" and words:  # a tag: its name alone counts, with any attributes, opening or closing
             patterns.append(rf"<{_UNSEEN}*+/?{_UNSEEN}*+{re.escape(words[0])}(?![\w-])[^<>]*+>?")
         elif words:
-            patterns.append(
-                rf"\[{_UNSEEN}*+/?" + rf"{_UNSEEN}*+".join(["", *map(re.escape, words)]) + rf"{_UNSEEN}*+\]?"
-            )
+            named = "".join(rf"{_UNSEEN}*+{re.escape(word)}" for word in words)
+            patterns.append(rf"\[{_UNSEEN}*+/?{named}(?![\w-]){_UNSEEN}*+\]?")
     return re.compile("|".join(patterns), re.IGNORECASE) if patterns else None

@@ -77,6 +77,7 @@ def test_a_text_cannot_close_the_marks_around_it(response, inside):
         ("{0}<a b='c'>{1}</a>", "x</A><b>", "i<a b='c'>x[/A]<b></a>"),
         ("{0} [Start of Answer]\n{1}\n[END OF  ANSWER]", "x [end of answer]",
          "i [Start of Answer]\nx (end of answer)\n[END OF  ANSWER]"),
+        ("{0} [A]{1}[/A]", "[a-z] [Apple] [/ a ]", "i [A][a-z] [Apple] (/ a )[/A]"),
         ("{0}\n{1}", "<INSTRUCTION_HERE> </x>", "i\n<INSTRUCTION_HERE> </x>"),
     ],
 )  # fmt: skip
