@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from srlm_jax.data.judging_examples import read_judging_examples, score_of_rank
+from srlm_jax.data.judging_examples import score_of_rank
+from srlm_jax.data.sources import read_judging_examples
 from srlm_jax.errors import BadInput
 from srlm_jax.judging_examples import write_examples
 
@@ -15,7 +16,7 @@ OASST = Path(__file__).parents[2] / "shared" / "data" / "oasst"
 
 def make(output, **changes):
     write_examples(output, **({"ranked": None, "trees": None, "lang": "en", "template": None} | changes))
-    return [(row.response, row.judgement) for row in read_judging_examples(output)]
+    return [(row.response, row.judgement) for row in read_judging_examples(output)[0]]
 
 
 def ranked(path, *rankings):

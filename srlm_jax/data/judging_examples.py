@@ -1,12 +1,7 @@
 """Judging examples of the user's own, in place of the SFT baseline's judgements (paper section 3.1.1).
 
-A row of `config.seed_data.eft` has these columns; others are not looked at. See `srlm_jax.storage.rows` for the files
-and data sets that can be read.
-
-    {"prompt": "an instruction", "response": "the answer that is judged", "judgement": "It is clear.\\nScore: 4"}
-
-The run puts the instruction and the answer into its rubric. All rows are trained on as they are: the rules of
-config.eft do not apply to them.
+They come from the file of `config.seed_data.eft` (see `srlm_jax.data.sources`) or from human ranks. The run puts the
+instruction and the answer into its rubric. The rules of config.eft do not apply to them.
 """
 
 import collections
@@ -14,14 +9,10 @@ import dataclasses
 import enum
 from collections.abc import Sequence
 
-from etils import epath
-
 from srlm_jax.data.eft import EftExamples
 from srlm_jax.data.trees import same_text_key
-from srlm_jax.judge.parse import parse_vote
 from srlm_jax.judge.rubric import Rubric, fill
 from srlm_jax.records import Example, RankedPrompt
-from srlm_jax.storage import jsonl, rows
 
 # config.seed_data.eft for examples that are made from the human ranks of the EFT training prompts.
 FROM_RANKS = "ranks"
@@ -43,32 +34,6 @@ class JudgingExample:
     prompt: str
     response: str
     judgement: str
-
-
-def read_judging_examples(source: epath.PathLike) -> list[JudgingExample]:
-    """The rows of a source, in its order.
-
-    Raises:
-      BadRecord, naming file and line: a column is missing or mistyped, the prompt is blank, or the judgement has no
-        score by `judge.parse`.
-      MissingExtra, OSError: as `rows.read` does.
-    """
-    columns = [field.name for field in dataclasses.fields(JudgingExample)]
-    found = []
-    for where, row in rows.read(source, columns):
-        if missing := [column for column in columns if column not in row]:
-            raise jsonl.BadRecord(f"{where}: no '{missing[0]}'; a judging example has {', '.join(columns)}")
-        example = jsonl.decode(where, row, JudgingExample, rows.ADVICE)
-        if not example.prompt.strip():
-            raise jsonl.BadRecord(f"{where}: 'prompt' is blank; {rows.ADVICE}")
-        vote = parse_vote(example.judgement, True)
-        if vote.score is None:
-            raise jsonl.BadRecord(
-                f"{where}: 'judgement' has no score from 0 to 5 ({vote.no_vote}): end it in a line such as 'Score: 4', "
-                f"or remove the row; it is {example.judgement!r:.80}"
-            )
-        found.append(example)
-    return found
 
 
 def score_of_rank(rank: int, ranks: Sequence[int]) -> int:
@@ -97,10 +62,10 @@ def from_ranks(prompts: Sequence[RankedPrompt], wording: str) -> list[JudgingExa
 
 
 def filled_examples(judged: Sequence[JudgingExample], eft_eval: Sequence[RankedPrompt], rubric: Rubric) -> EftExamples:
-    """The training examples, in order: judge's prompt in, judgement out. An example's id is "eft-" and its row's number
-    from 1. `counts`: rows, examples, and what was dropped by `JudgingDrop`.
+    """The training examples, in order: judge's prompt in, judgement out. An example's id is "eft-" and its number in
+    `judged`, from 1. `counts`: how many are given (rows) and made (examples), and what was dropped by `JudgingDrop`.
 
-    A row's prompt is in the evaluation where it is the same as one there but for case and white space.
+    A prompt is in the evaluation where it is the same as one there but for case and white space.
     """
     evaluated = {same_text_key(prompt.prompt) for prompt in eft_eval}
     counts = collections.Counter({"rows": len(judged)} | {str(reason): 0 for reason in JudgingDrop})

@@ -10,6 +10,7 @@
     ShareGPT               conversations: from, value                  an example, of the first turn
     plain                  prompt, responses, ranks                    a ranking, 0 is the best
     preference (TRL)       chosen, rejected (prompt)                   a ranking of two
+    judged                 prompt, response, judgement                 a judging example
 
 A set of prompts may have any layout of examples, without the answers; or `turns`, of which the first is taken
 (MT-Bench). `prompt`, `completion`, `chosen` and `rejected` may be lists of messages. Other columns are not looked at.
@@ -20,6 +21,7 @@ import enum
 from collections.abc import Callable, Collection, Sequence
 
 from srlm_jax.data.scalars import Misfit, text, whole
+from srlm_jax.judge.parse import parse_vote
 
 
 class RowDrop(enum.StrEnum):
@@ -35,6 +37,7 @@ class RowDrop(enum.StrEnum):
     UNORDERED = "unordered"  # no two responses of different rank
     SAME_RESPONSE = "same_response"  # one text has two ranks
     SAME_ID = "same_id"  # an earlier row has the id
+    NO_SCORE = "no_score"  # the judgement holds no score from 0 to 5
 
 
 class LeftOut(enum.StrEnum):
@@ -51,12 +54,14 @@ class Unusable(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Content:
-    """What a row says. Of a prompt alone there is no response; only a ranking has ranks."""
+    """What a row says. Of a prompt alone there is no response; only a ranking has ranks, and only a judging example a
+    judgement."""
 
     prompt: str
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     left_out: frozenset[LeftOut]
+    judgement: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +87,9 @@ def choose(layouts: Sequence[Layout], columns: Collection[str], mapped: Collecti
 
 
 def columns_of(layouts: Sequence[Layout]) -> tuple[str, ...]:
-    """All columns that rows of these layouts may have, `id` the first."""
+    """All columns that rows of these layouts may have."""
     every = (name for layout in layouts for name in layout.columns + layout.optional)
-    return tuple(dict.fromkeys(("id", *every, *_CONTEXT)))
+    return tuple(dict.fromkeys((*every, *_CONTEXT)))
 
 
 def read(layout: Layout, row: dict, *, blank: bool = False) -> Content:
@@ -308,8 +313,17 @@ def _preference(row: dict) -> Content:
     )
 
 
+def _judged(row: dict) -> Content:
+    said = _pair(row["prompt"], "prompt", row["response"], "response")
+    judgement = text(row["judgement"], "judgement")
+    if parse_vote(judgement, True).score is None:
+        raise Unusable(RowDrop.NO_SCORE)
+    return dataclasses.replace(said, judgement=judgement)
+
+
 def _layout(name: str, columns: str, optional: str, of: Callable[[dict], Content]) -> Layout:
-    return Layout(name=name, columns=tuple(columns.split()), optional=tuple(optional.split()), content=of)
+    """A layout whose rows may have an id."""
+    return Layout(name=name, columns=tuple(columns.split()), optional=("id", *optional.split()), content=of)
 
 
 EXAMPLES = (
@@ -333,3 +347,5 @@ PROMPTS = (
     _layout("chat", "messages", "", lambda row: _first_question(row["messages"], "messages")),
     _layout("ShareGPT", "conversations", "", lambda row: _first_question(row["conversations"], "conversations")),
 )
+# Without an id: rows that judge answers to one prompt often have that of the prompt.
+JUDGED = (Layout(name="judged", columns=("prompt", "response", "judgement"), optional=(), content=_judged),)

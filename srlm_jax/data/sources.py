@@ -1,14 +1,16 @@
 """The user's own data -> the records of the seed data, and a fixed set of prompts.
 
-`srlm_jax.storage.rows` says which files and data sets are read, `srlm_jax.data.layouts` which columns. A row may have
-an "id" of its own. Rows of ours are:
+`srlm_jax.storage.rows` says which files and data sets are read, `srlm_jax.data.layouts` which columns. Rows of ours
+are as follows; all but those that judge may have an "id" of their own.
 
     IFT      {"prompt": "...", "response": "..."}
     EFT      {"prompt": "...", "responses": ["...", "..."], "ranks": [1, 0]}    0 is the best, equal ranks are level
+    judging  {"prompt": "...", "response": "the answer that is judged", "judgement": "It is clear.\\nScore: 4"}
     prompts  {"prompt": "..."}
 
-Rows that cannot be used (a blank answer, an id that occurs twice) are dropped and counted by reason. A source is
-refused where they are more than half, and where a value has a wrong type; the message counts such rows.
+Rows that cannot be used (a blank answer, a judgement without a score, an id that occurs twice) are dropped and counted
+by reason. A source is refused where they are more than half, and where a value has a wrong type; the message counts
+such rows.
 """
 
 import collections
@@ -19,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from srlm_jax.data import layouts
+from srlm_jax.data.judging_examples import JudgingExample
 from srlm_jax.data.layouts import Content, Layout, RowDrop, Unusable
 from srlm_jax.data.scalars import Misfit, identity
 from srlm_jax.data.trees import SeedSplit, same_text_key
@@ -55,6 +58,12 @@ def read_ranked(source: epath.PathLike, name: str) -> tuple[list[RankedPrompt], 
     used, counts = _read(source, name, layouts.RANKINGS)
     ranked = [RankedPrompt(id=id_, prompt=c.prompt, responses=c.responses, ranks=c.ranks) for id_, c in used]
     return ranked, counts
+
+
+def read_judging_examples(source: epath.PathLike) -> tuple[list[JudgingExample], dict[str, int]]:
+    """Judged answers, in the order of their rows; raises as `read_examples` does."""
+    used, counts = _read(source, "judging", layouts.JUDGED)
+    return [JudgingExample(prompt=c.prompt, response=c.responses[0], judgement=c.judgement) for _, c in used], counts
 
 
 def read_prompts(source: epath.PathLike, name: str, *, blank: bool = False) -> tuple[list[Prompt], dict[str, int]]:

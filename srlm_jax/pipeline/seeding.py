@@ -92,17 +92,19 @@ def read_seed(run: Run) -> tuple[SeedSplit, dict[str, int]]:
         return trees.split_seed(export.trees, rules_, run.settings.seed), export.counts
 
 
-def read_judging_examples(run: Run) -> list[JudgingExample]:
-    """The judging examples that the configuration names, from the user's source or from the seed's ranks.
+def read_judging_examples(run: Run) -> tuple[list[JudgingExample], dict[str, int]]:
+    """The judging examples that the configuration names, from the user's source or from the seed's ranks, and how many
+    rows or prompts were dropped, by reason.
 
     Raises:
       BadConfig: they cannot be read or used, with the name of the field.
     """
     if run.settings.seed_data.eft_file is None:
-        ranked, _ = judging.ranked_prompts(run, "eft_train")
-        return judging_examples.from_ranks(ranked, f"Score: {judging_examples.SCORE}")
+        ranked, too_long = judging.ranked_prompts(run, "eft_train")
+        made = judging_examples.from_ranks(ranked, f"Score: {judging_examples.SCORE}")
+        return made, {"prompts_with_too_many_tokens": too_long}
     with naming("config.seed_data.eft"):
-        return judging_examples.read_judging_examples(run.settings.seed_data.eft)
+        return sources.read_judging_examples(run.settings.seed_data.eft)
 
 
 def take_eft(run: Run) -> None:
@@ -114,14 +116,15 @@ def take_eft(run: Run) -> None:
 
     def work() -> Outcome:
         ranked = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
-        made = judging_examples.filled_examples(read_judging_examples(run), ranked, run.rubric)
+        judged, dropped = read_judging_examples(run)
+        made = judging_examples.filled_examples(judged, ranked, run.rubric)
         if not made.examples:
             raise EmptyStage(
                 f"eft/examples: all prompts of config.seed_data.eft are in the evaluation ({made.counts}): they cannot "
                 "be trained on as well; give examples with other prompts"
             )
         run.write(jsonl.shard(run.workdir / "eft" / "examples", 0), made.examples)
-        return Outcome(made.counts, None)
+        return Outcome(made.counts | dropped, None)
 
     run.ledger.run(
         "eft/examples",

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from srlm_jax.data.sources import read_examples, read_prompts, read_ranked, usable_prompts, without_overlap
+from srlm_jax.data.judging_examples import JudgingExample
+from srlm_jax.data.sources import (
+    read_examples,
+    read_judging_examples,
+    read_prompts,
+    read_ranked,
+    usable_prompts,
+    without_overlap,
+)
 from srlm_jax.records import Example, Prompt, RankedPrompt
 from srlm_jax.storage.jsonl import BadRecord
 
@@ -94,6 +102,37 @@ def test_a_source_that_is_mostly_unusable_is_refused_with_the_counts(tmp_path):
     with pytest.raises(BadRecord, match=problem):
         read_examples(path, "ift")
     assert len(read_examples(write(tmp_path, *rows[:2]), "ift")[0]) == 1
+
+
+def judged(**changes):
+    return {"prompt": "why?", "response": "because", "judgement": "It is short.\nScore: 2"} | changes
+
+
+def test_judging_examples_are_read_in_order_whatever_their_ids(tmp_path):
+    path = write(tmp_path, judged(id="p", label=3), judged(id="p", response="so"))
+    made = [JudgingExample(**judged()), JudgingExample(**judged(response="so"))]
+    assert read_judging_examples(path) == (made, {})
+
+
+def test_judging_examples_that_cannot_be_used_are_dropped_and_counted(tmp_path):
+    judgements = [{"judgement": said} for said in ("It is good.", "Score: 9", "Score: four", None)]
+    rows = [{"prompt": " "}, {"response": None}, {"response": ""}, *judgements]
+    path = write(tmp_path, *(judged(**changes) for changes in rows), *[judged()] * 7)
+    examples, counts = read_judging_examples(path)
+    assert len(examples) == 7 and counts == {"blank_prompt": 1, "blank_response": 2, "no_score": 4}
+    with pytest.raises(BadRecord, match=r"4 of 7 rows cannot be used: no_score 4 \(the first: .*x\.jsonl:1\); correct"):
+        read_judging_examples(write(tmp_path, *(judged(**changes) for changes in judgements), *[judged()] * 3))
+
+
+def test_all_wrong_judging_examples_are_counted(tmp_path):
+    path = write(tmp_path, judged(), judged(response=3), {"prompt": "p", "response": "r"})
+    with pytest.raises(BadRecord, match=r"x\.jsonl:2: field 'response': .*found 3; 2 of 3 rows are wrong"):
+        read_judging_examples(path)
+    path = write(tmp_path, {"prompt": "p", "response": "r"})
+    with pytest.raises(
+        BadRecord, match=r"x\.jsonl:1: the columns are .*; wanted: prompt \+ response \+ judgement; name"
+    ):
+        read_judging_examples(path)
 
 
 def test_columns_that_no_layout_has_are_named_with_those_known(tmp_path):

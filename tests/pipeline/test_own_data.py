@@ -261,12 +261,16 @@ def test_judging_examples_from_the_ranks_of_the_training_prompts(tmp_path):
 
 def test_judging_examples_that_cannot_be_used_are_named_with_their_field(tmp_path, own):
     del own["eft_train"]
-    own["eft"] = write(tmp_path / "eft", [judging_rows("a")[0], judging_rows("b")[0] | {"judgement": "fine"}])
-    with pytest.raises(BadConfig, match=r"^config\.seed_data\.eft: .*/eft:2: 'judgement' has no score"):
+    without_score = judging_rows("b")[0] | {"judgement": "fine"}
+    own["eft"] = write(tmp_path / "eft", [judging_rows("a")[0], without_score, without_score])
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.eft: .*/eft: 2 of 3 rows cannot be used: no_score 2"):
         checks.check_sources(open_run(tmp_path / "run", **own))
+    write(own["eft"], [*judging_rows("train"), without_score])
+    counts = take_eft(tmp_path / "run", **own).ledger.entry("eft/examples")["counts"]
+    assert (counts["rows"], counts["examples"], counts["no_score"]) == (1, 1, 1)
     write(own["eft"], judging_rows("ask 0"))
     with pytest.raises(EmptyStage, match=r"^eft/examples: all prompts of config\.seed_data\.eft are in the evaluation"):
-        take_eft(tmp_path / "run", **own)
+        take_eft(tmp_path / "other", **own)
 
 
 def test_judging_examples_that_do_not_go_together_with_other_sources_are_refused(tmp_path):
