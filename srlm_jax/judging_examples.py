@@ -39,7 +39,7 @@ def write_examples(
     lang: str,
     template: epath.PathLike | None,
 ) -> None:
-    """Writes a judging example for every ranked answer, in the layout of `data.judging_examples`, and prints counts.
+    """Writes a judging example for every ranked answer, in the layout of `data.sources`, and prints counts.
 
     The judge's prompt is no part of it: a run fills its own rubric with the instruction and the answer.
 

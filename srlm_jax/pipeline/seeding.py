@@ -111,8 +111,9 @@ def take_eft(run: Run) -> None:
     """Judging examples of the user's own, or from human ranks -> EFT training examples, in place of the SFT baseline's
     judgements."""
     s = run.settings.seed_data
-    # Ranked answers that do not fit the judge's prompt are left out.
-    lengths = ("context_length", "judging.max_new_tokens") if s.eft_file is None else ()
+    fields = ("seed_data.eft",)
+    if s.eft_file is None:  # ranked answers that do not fit the context with the judge's prompt are left out
+        fields += ("context_length", "judging.max_new_tokens", "judging.prefix", "chat", "chat_system")
 
     def work() -> Outcome:
         ranked = jsonl.read(run.workdir / "seed" / "eft_eval.jsonl", RankedPrompt)
@@ -129,7 +130,7 @@ def take_eft(run: Run) -> None:
     run.ledger.run(
         "eft/examples",
         work,
-        config=run.config("seed_data.eft", "judging.rubric", *lengths) | run.contents(seed_data__eft=s.eft_file),
+        config=run.config(*fields) | judging.rubric_content(run) | run.contents(seed_data__eft=s.eft_file),
         inputs=("seed",),
         outputs=("eft/examples",),
     )

@@ -61,7 +61,7 @@ class SeedData:
     """
 
     trees: Text | None  # of Open Assistant: see `srlm_jax.data.oasst`
-    eft: Text | None  # "ranks", or a source: see `srlm_jax.data.judging_examples`
+    eft: Text | None  # "ranks", or a source: see `srlm_jax.data.sources`
     ift: Text | None  # these three, or two beside `eft`, all or none: see `srlm_jax.data.sources`
     eft_train: Text | None
     eft_eval: Text | None

@@ -14,11 +14,12 @@ from srlm_jax.records import Example, Prompt, RankedPrompt
 from srlm_jax.storage import jsonl
 
 
-def settings(workdir, prompts_file=None, rules=None, **seed_data):
+def settings(workdir, prompts_file=None, rules=None, rubric=None, **seed_data):
     tree = get_config("smoke", 2).to_dict() | {"workdir": str(workdir)}
     tree["seed_data"] |= {name: str(path) for name, path in seed_data.items()}
     tree["seed_data"]["rules"] |= rules or {}
     tree["self_instruction"]["prompts_file"] = None if prompts_file is None else str(prompts_file)
+    tree["judging"]["rubric"] = None if rubric is None else str(rubric)
     return read(tree)
 
 
@@ -248,6 +249,19 @@ def test_judging_examples_made_from_ranks_are_accepted(tmp_path):
     run = take_eft(tmp_path / "run", trees=trees, eft=tmp_path / "eft", rules=RULES)
     counts = run.ledger.entry("eft/examples")["counts"]
     assert counts == {"rows": 40, "in_eft_eval": 8, "duplicate": 0, "examples": 32}
+
+
+def test_judging_examples_hold_the_rubric_so_that_its_content_counts_and_not_its_name(tmp_path):
+    sources = {"trees": write(tmp_path / "trees", messages(20)), "rules": RULES}
+    sources["eft"] = write(tmp_path / "eft", judging_rows("train"))
+    rubric, moved = tmp_path / "rubric", tmp_path / "moved"
+    rubric.write_text("<INSTRUCTION_HERE> <RESPONSE_HERE> Score:")
+    take_eft(tmp_path / "run", rubric=rubric, **sources)
+    moved.write_text(rubric.read_text())
+    take_eft(tmp_path / "run", rubric=moved, **sources)
+    moved.write_text("<RESPONSE_HERE> <INSTRUCTION_HERE> Score:")
+    with pytest.raises(StaleStage, match=r"config\.judging\.rubric \(content\) was"):
+        take_eft(tmp_path / "run", rubric=moved, **sources)
 
 
 def test_judging_examples_from_the_ranks_of_the_training_prompts(tmp_path):
