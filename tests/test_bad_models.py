@@ -60,7 +60,7 @@ def refusals(folder, dtype=None, inside=None):
         with pytest.raises((UserError, OSError)) as raised:
             generate(
                 folder, prompts, inside / "made.jsonl",
-                chat_format="none", params=GREEDY, seed=0, tensor=1, shard_prompts=1,
+                chat_format="none", system=None, params=GREEDY, seed=0, tensor=1, shard_prompts=1,
                 engine=EngineConfig(rows=1, steps=4, weights=None, cache=None),
             )  # fmt: skip
         yield str(raised.value)
