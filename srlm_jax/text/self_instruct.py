@@ -28,7 +28,8 @@ _ASSENT = re.compile(
 )
 _ANNOUNCEMENT = re.compile(
     r"(?:here(?:'s|\u2019s| is| are)|below (?:is|are))\s+"
-    r"(?:[\w-]+\s+){0,6}?(?:tasks?|instructions?|prompts?|one|ones)\b[^\n:.!?]{0,60}(?::\s*|\n+|\Z)",
+    r"(?:[\w-]+\s+){0,6}?(?:tasks?|instructions?|prompts?|ones?(?=\s*(?:[:\n]|\Z)|\s+(?:for\s+you|that|you|to)\b))"
+    r"\b[^\n:.!?]{0,60}(?::\s*|\n+|\Z)",
     re.IGNORECASE,
 )
 # What a list puts before each task: "9.", "9)", "-", "Task 9:", "**Task 9:**", "### Instruction".

@@ -102,6 +102,8 @@ def test_the_first_task(text, task):
         "Here is a task: TASK",
         "Here\u2019s another task for you to try:\n\n- TASK\n- Name a lake.",
         "Okay, here's one: TASK",
+        "Here is one for you to try: TASK",
+        "Here are a few more ones\n9. TASK",
         "Of course! Here's a new task:\n**Instruction:** TASK",
         "Certainly!\n\nTASK",
         "Certainly! TASK",
@@ -139,6 +141,8 @@ def test_what_chat_models_write_before_a_task_is_no_part_of_it(text):
         "'Write' a poem with 'love'",
         '"Hi" is English. Say "Bye"',
         "Write about a task: cooking",
+        'Here is one sentence: "The cat sat." Translate it to French.',
+        "Here are some ones and zeros: 1010. Convert them to decimal.",
     ],
 )
 def test_a_task_that_begins_like_an_announcement_stays_whole(text):
