@@ -14,7 +14,7 @@ from etils import epath
 from srlm_jax import commandline
 from srlm_jax.errors import BadInput
 from srlm_jax.model import config_files, folders, llama, weights
-from srlm_jax.storage import checkpoint, jsonl
+from srlm_jax.storage import checkpoint, jsonl, paths
 from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
 
 _SHARD_BYTES = 5 * 10**9
@@ -36,7 +36,7 @@ def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: s
 
     Raises UserError or OSError, and leaves no target then.
     """
-    source, target = epath.Path(source), epath.Path(target)
+    source, target = paths.given(source), paths.given(target)
     with new_folder(target) as folder:
         config = weights.read_config(source, param_dtype="float32", compute_dtype="float32", remat="dots")
         tokenizer = _tokenizer(source, config.V)

@@ -10,14 +10,14 @@ from etils import epath
 from srlm_jax import commandline
 from srlm_jax.data import sources
 from srlm_jax.errors import BadInput
-from srlm_jax.model import config_files
+from srlm_jax.model import config_files, folders
 from srlm_jax.parallel import mesh as meshes
 from srlm_jax.parallel.mesh import MeshShape
 from srlm_jax.pipeline.generate import ModelGenerate, open_model, stage_key
 from srlm_jax.pipeline.run import progress
 from srlm_jax.records import Prompt, Request, Responses, SamplingParams
 from srlm_jax.sampling.engine import EngineConfig
-from srlm_jax.storage import jsonl, rows
+from srlm_jax.storage import jsonl, paths, rows
 from srlm_jax.text import templates
 from srlm_jax.text.chat import DIALOGUE, FORMATS, ChatFormat, encode_opening, encode_prompt
 from srlm_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +26,12 @@ _CONTINUE = "none"
 _FIELDS = templates.Fields(chat="--format", system="--system")
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A model's folder: Hugging Face's, Meta's or our own layout.")
-_PROMPTS = flags.DEFINE_string("prompts", None, 'Rows {"prompt": "..."}, with an id if they like.')
+_PROMPTS = flags.DEFINE_string(
+    "prompts",
+    None,
+    'Rows {"prompt": "..."}, or of another layout that holds prompts (Alpaca, ShareGPT, chat messages, ...), as JSON '
+    "Lines, a JSON array, CSV, Parquet or Arrow; FILE?prompt=COLUMN names a column of yours.",
+)
 _OUTPUT = flags.DEFINE_string("output", None, "The file to make: one prompt and its completions a line.")
 _FORMAT = flags.DEFINE_enum(
     "format", _CONTINUE, [_CONTINUE, *FORMATS], "The chat format of the model; none: it continues the text."
@@ -71,11 +76,12 @@ def generate(
 
     Raises UserError or OSError.
     """
-    checkpoint, output = epath.Path(checkpoint), epath.Path(output)
+    checkpoint, output = paths.given(checkpoint), paths.given(output)
     if output.exists():
         raise FileExistsError(f"{output} is there already: choose another --output, or remove it")
     if jax.device_count() % tensor:
         raise BadInput(f"--tensor={tensor} does not divide the {jax.device_count()} devices")
+    folders.layout_of(checkpoint)
     asked, dropped = sources.read_prompts(prompts, "prompt", blank=True)
     for reason, count in dropped.items():
         print(f"{prompts}: {reason}: {count}", file=sys.stderr)

@@ -13,7 +13,7 @@ from srlm_jax.data.judging_examples import BEST, COUNT, RANK, SCORE, WORST, from
 from srlm_jax.data.trees import ranked_prompts
 from srlm_jax.errors import BadInput
 from srlm_jax.judge.parse import parse_vote
-from srlm_jax.storage import jsonl
+from srlm_jax.storage import jsonl, paths
 
 TEMPLATE = f"The response meets {SCORE} of the five criteria.\nScore: {SCORE}"
 
@@ -51,7 +51,7 @@ def write_examples(
     """
     if (ranked is None) == (trees is None):
         raise BadInput("give one of --ranked=FILE and --trees=FILE")
-    output = epath.Path(output)
+    output = paths.given(output)
     if output.exists():
         raise BadInput(f"--examples={output} is there already: choose another file, or remove it")
     wording = TEMPLATE if template is None else read_template(template)
@@ -77,7 +77,7 @@ def read_template(path: epath.PathLike) -> str:
       OSError: it cannot be read.
     """
     try:
-        text = epath.Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+        text = paths.given(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
     if SCORE not in text:

@@ -16,6 +16,7 @@ from etils import epath
 from srlm_jax.convert import convert
 from srlm_jax.data import world
 from srlm_jax.data.world_corpus import WorldRules, draw_corpus
+from srlm_jax.errors import BadInput
 from srlm_jax.model import config_files, folders, llama, sources, weights
 from srlm_jax.storage import checkpoint
 from srlm_jax.text.tokenizer import WordTokenizer
@@ -189,6 +190,13 @@ def test_a_target_that_holds_something_is_left_alone(source, tmp_path):
         with pytest.raises(FileExistsError, match="is there already: choose another --target, or remove it"):
             run(source, target, "native")
     assert (tmp_path / "target" / "config.json").read_text() == before
+
+
+def test_an_address_is_no_place_to_convert_from_or_to(source, tmp_path):
+    for places in (("https://host/model", tmp_path / "target"), (source, "https://host/model")):
+        with pytest.raises(BadInput, match=r"^https://host/model is an address and no path"):
+            convert(*places, to="hf", dtype=None, shard_bytes=10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("to", ["hf", "native"])

@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from etils import epath
 
 from srlm_jax import generate as command
-from srlm_jax.errors import UserError
+from srlm_jax.errors import BadInput, UserError
 from srlm_jax.generate import generate
 from srlm_jax.model import config_files, weights
 from srlm_jax.pipeline.generate import open_model
@@ -60,6 +60,17 @@ def run(folder, output, params=DRAWN, prompts="prompts.jsonl", **changes):
         "engine": EngineConfig(rows=4, steps=2, weights=None, cache=None),
     } | changes  # fmt: skip
     generate(folder, folder.parent / prompts, folder.parent / output, params=params, **arguments)
+
+
+def said_of(folder, error, **places):
+    """What the command says of places that cannot be used, among others that can."""
+    known = {"checkpoint": folder, "prompts": folder.parent / "prompts.jsonl", "output": folder.parent / "out.jsonl"}
+    with pytest.raises(error) as raised:
+        generate(
+            **known | places, chat_format="none", system=None, params=GREEDY, seed=0, tensor=1, shard_prompts=2,
+            engine=EngineConfig(rows=4, steps=2, weights=None, cache=None),
+        )  # fmt: skip
+    return str(raised.value)
     return jsonl.read(folder.parent / output, Responses)
 
 
@@ -288,6 +299,14 @@ def test_an_output_that_is_there_is_left_alone(folder):
     with pytest.raises(FileExistsError, match=r"out\.jsonl is there already"):
         run(folder, "out.jsonl")
     assert (folder.parent / "out.jsonl").read_text() == "mine"
+
+
+def test_an_address_and_the_name_of_a_model_on_a_hub_are_told_from_a_folder(folder):
+    for place in ("checkpoint", "prompts", "output"):
+        assert said_of(folder, BadInput, **{place: "https://host/x"}).startswith("https://host/x is an address and no")
+    assert said_of(folder, FileNotFoundError, checkpoint="meta-llama/Llama-2-7b-hf").startswith(
+        "meta-llama/Llama-2-7b-hf: there is no such folder; if it is the name of a model on a hub, download the model"
+    )
 
 
 def test_bad_prompts_are_named(folder):

@@ -8,6 +8,7 @@ from importlib import resources
 from etils import epath
 
 from srlm_jax.errors import BadInput
+from srlm_jax.storage import paths
 
 INSTRUCTION = "<INSTRUCTION_HERE>"
 RESPONSE = "<RESPONSE_HERE>"
@@ -51,7 +52,7 @@ def read_rubric(path: epath.PathLike) -> Rubric:
       OSError: it cannot be read.
     """
     try:
-        text = epath.Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        text = paths.given(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
     if not text.strip():

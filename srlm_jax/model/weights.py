@@ -20,7 +20,7 @@ from srlm_jax.model.config import LlamaConfig
 from srlm_jax.model.folders import BadModelFile, layout_of, listed, read_json
 from srlm_jax.model.llama import Llama
 from srlm_jax.model.sources import Index, Tensor, Tensors
-from srlm_jax.storage import checkpoint, jsonl
+from srlm_jax.storage import checkpoint, jsonl, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read_config(folder: epath.PathLike, *, param_dtype: str, compute_dtype: str,
       BadModelFile, BadRecord: it holds no model, or one that is no Llama as it is built here; the message names the
         field.
     """
-    folder = epath.Path(folder)
+    folder = paths.given(folder)
     choices = {"param_dtype": param_dtype, "compute_dtype": compute_dtype, "remat": remat}
     match layout_of(folder):
         case "native":
@@ -159,7 +159,7 @@ def check(folder: epath.PathLike, config: LlamaConfig) -> None:
 
 def kept(folder: epath.PathLike, config: LlamaConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of each tensor that makes the model in a folder, by its name there; raises as `check`."""
-    folder = epath.Path(folder)
+    folder = paths.given(folder)
     if layout_of(folder) != "native":
         return {name: (tensor.dtype, tensor.shape) for name, tensor in _open(folder, config).items()}
     stored = _stored(folder, config)
@@ -197,7 +197,7 @@ def load(folder: epath.PathLike, config: LlamaConfig, shardings: Llama) -> Llama
         or weights are NaN, infinite or absurdly large in the configuration's type.
       BadCheckpoint: as `checkpoint.load_model`, for a checkpoint of this package.
     """
-    folder = epath.Path(folder)
+    folder = paths.given(folder)
     if layout_of(folder) == "native":
         stored, places = jax.tree.leaves(_stored(folder, config)), jax.tree.leaves(shardings)
         like = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to) for x, to in zip(stored, places, strict=True)]
@@ -279,6 +279,13 @@ def checked(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, whe
             f"{where}: {min(adapters):.120} belongs to an adapter that is not merged into the weights; merge it (in "
             "PEFT: merge_and_unload) and save the model again"
         )
+    (head,), (embedding,) = _OUTPUT.names(layout, config), _EMBEDDING.names(layout, config)
+    if (bare := embedding.removeprefix("model.")) in tensors and embedding not in tensors:
+        advice = "load and save it with AutoModelForCausalLM" if config.tied else "get the files that have the head too"
+        raise BadModelFile(
+            f"{where}: {bare} is there and no {embedding}: the weights are those of transformers' LlamaModel, which has "
+            f"no output head; {advice}"
+        )
     wanted = _shapes(_table(config), layout, config, len(tensors), where)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
     shapes, types, unknown = [], [], []
@@ -288,7 +295,6 @@ def checked(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, whe
             shapes.append(f"{name} is {found:.40}, the configuration says {list(shape)}")
         elif name in tensors and tensors[name].dtype not in sources.FLOATS:
             types.append(f"{name} holds {tensors[name].dtype:.20}, not floating-point numbers as they are")
-    (head,), (embedding,) = _OUTPUT.names(layout, config), _EMBEDDING.names(layout, config)
     for name in sorted(tensors.keys() - wanted.keys()):
         if name.endswith(_IGNORED):
             continue

@@ -12,6 +12,7 @@ from srlm_jax.pipeline import answering, evaluation, report, seeding
 from srlm_jax.pipeline.endpoint import EndpointGenerate
 from srlm_jax.pipeline.run import Run, naming
 from srlm_jax.pipeline.settings import BadConfig
+from srlm_jax.storage import paths
 from srlm_jax.text import chat, self_instruct
 from srlm_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
@@ -78,7 +79,7 @@ def check_writer(run: Run) -> None:
     if writer in ("current", "m0", "sft", "m1"):
         return
     with naming("config.self_instruction.generator"):
-        if writer is None or not epath.Path(writer).exists():
+        if writer is None or not paths.given(writer).exists():
             raise BadConfig(
                 f"{writer!r} is neither 'current', nor a model that every round finds (m0, sft, m1), nor a folder"
                 + ("" if writer is None else folders.hub_hint(epath.Path(writer)))

@@ -183,14 +183,13 @@ def open_model(
     key: jax.Array,
 ) -> ModelGenerate:
     """A Llama from its folder, in any layout that `model.weights` reads, with its tokenizer; laid out for sampling, in
-    the type it is kept in or as `config` rounds it.
+    the type of most of its parameters or as `config` rounds it.
 
     Raises:
       BadModelFile, BadCheckpoint: the model cannot be read.
       BadInput: the tokenizer is another model's, or the chat format is.
       FileNotFoundError: the folder is missing.
     """
-    folder = epath.Path(folder)
     sizes = weights.read_config(folder, param_dtype="float32", compute_dtype="float32", remat="dots")
     dtype = weights.source_dtype(folder, sizes)
     sizes = dataclasses.replace(sizes, param_dtype=dtype, compute_dtype=dtype)

@@ -29,7 +29,7 @@ from srlm_jax.pipeline.settings import BadConfig, ModelSettings, Settings, flatt
 from srlm_jax.records import Completion, Generate, Request, SamplingParams
 from srlm_jax.sampling import engine
 from srlm_jax.sampling.engine import Work
-from srlm_jax.storage import checkpoint, jsonl, rows
+from srlm_jax.storage import checkpoint, jsonl, paths, rows
 from srlm_jax.text import templates
 from srlm_jax.text.chat import FORMATS, PLAIN, ChatFormat, check_format, with_system
 from srlm_jax.text.tokenizer import Tokenizer, WordTokenizer, check_vocabulary, load_tokenizer
@@ -299,7 +299,8 @@ def make_run(settings: Settings, code: str) -> Run:
     check_adapters(settings)
     check_batches(settings, train_mesh.shape["data"] * train_mesh.shape["fsdp"])
     rules.model_shardings(train_mesh, rules.TRAIN, llama.abstract(settings.model.llama))
-    workdir = epath.Path(settings.workdir)
+    with naming("config.workdir"):
+        workdir = paths.given(settings.workdir)
     return Run(
         settings=settings,
         workdir=workdir,
@@ -372,7 +373,7 @@ def with_numbers(settings: Settings) -> Settings:
         return settings
     with naming("config.model.path"):
         found = weights.read_config(
-            epath.Path(model.path), param_dtype=model.param_dtype, compute_dtype=model.compute_dtype, remat=model.remat
+            model.path, param_dtype=model.param_dtype, compute_dtype=model.compute_dtype, remat=model.remat
         )
     numbers = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     return dataclasses.replace(settings, model=ModelSettings(path=model.path, **numbers))

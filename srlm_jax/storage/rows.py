@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from srlm_jax.storage import file_rows, tfds_rows
+from srlm_jax.storage import file_rows, paths, tfds_rows
 from srlm_jax.storage.jsonl import BadRecord
 
 ADVICE = file_rows.ADVICE
@@ -111,7 +111,7 @@ def _rows(source: epath.PathLike, columns: Sequence[str] | None) -> Iterator[tup
 
 def _files(place: str) -> list[epath.Path]:
     """The file, or the shards of a folder."""
-    path = epath.Path(place)
+    path = paths.given(place)
     if path.is_dir():
         return _shards(path)
     if "?" in path.name and not path.exists():

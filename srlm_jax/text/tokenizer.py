@@ -12,7 +12,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from srlm_jax.errors import BadInput
-from srlm_jax.storage import jsonl
+from srlm_jax.storage import jsonl, paths
 from srlm_jax.text import characters, token_files
 
 _WORDS = "words.json"  # the embedded world's vocabulary
@@ -369,7 +369,7 @@ def load_tokenizer(folder: epath.PathLike) -> Tokenizer:
       FileNotFoundError: the folder has neither.
       ValueError: the file cannot be used; see the two classes.
     """
-    folder = epath.Path(folder)
+    folder = paths.given(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist")
     if (folder / _WORDS).exists():

@@ -5,6 +5,8 @@ import json
 import pytest
 from etils import epath
 
+from srlm_jax.errors import BadInput
+from srlm_jax.model import weights
 from srlm_jax.model.folders import (
     COMPANIONS,
     BadModelFile,
@@ -14,6 +16,7 @@ from srlm_jax.model.folders import (
     listed,
     read_json,
 )
+from srlm_jax.text.tokenizer import load_tokenizer
 
 
 def made(folder, *names):
@@ -118,6 +121,13 @@ def test_a_name_on_a_hub_is_no_folder_and_the_message_says_so(path, hint):
         layout_of(epath.Path(path))
     advice = "; if it is the name of a model on a hub, download the model and give the folder it is in"
     assert str(raised.value).endswith("there is no such folder" + (advice if hint else ""))
+
+
+def test_no_command_takes_an_address_for_a_folder(tmp_path):
+    choices = {"param_dtype": "float32", "compute_dtype": "float32", "remat": "dots"}
+    for read in (load_tokenizer, lambda path: weights.read_config(path, **choices)):
+        with pytest.raises(BadInput, match=r"^https://host/a/model is an address and no path"):
+            read("https://host/a/model")
 
 
 def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):

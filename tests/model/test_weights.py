@@ -453,6 +453,18 @@ def test_a_wrapper_around_a_part_is_not_guessed_at(folder, tiny_llama):
         load(folder)
 
 
+@pytest.mark.parametrize(("tied", "advice"), [(True, "AutoModelForCausalLM"), (False, "the files that have the head")])
+def test_a_model_without_its_head_is_told_by_its_names(make_llama, tmp_path, tied, advice):
+    model = make_llama(tied=tied)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in weights.hf_tensors(model).items()}
+    tensors.pop("lm_head.weight", None)
+    message = (
+        r"embed_tokens\.weight is there and no model\.embed_tokens\.weight: .* LlamaModel, which has no output head"
+    )
+    with pytest.raises(BadModelFile, match=rf"^a folder: {message}; .*{advice}"):
+        weights.checked(tensors, "hf", model.config, "a folder")
+
+
 @pytest.mark.parametrize(
     "part", ["lora_A.default.weight", "lora_B.weight", "lora_magnitude_vector", "base_layer.weight"]
 )
