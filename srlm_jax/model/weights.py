@@ -283,8 +283,8 @@ def checked(tensors: Mapping[str, Tensor], layout: str, config: LlamaConfig, whe
     if (bare := embedding.removeprefix("model.")) in tensors and embedding not in tensors:
         advice = "load and save it with AutoModelForCausalLM" if config.tied else "get the files that have the head too"
         raise BadModelFile(
-            f"{where}: {bare} is there and no {embedding}: the weights are those of transformers' LlamaModel, which has "
-            f"no output head; {advice}"
+            f"{where}: {bare} is there and no {embedding}: the weights are those of transformers' LlamaModel, which "
+            f"has no output head; {advice}"
         )
     wanted = _shapes(_table(config), layout, config, len(tensors), where)
     missing = [f"{name} is missing" for name in wanted if name not in tensors]
