@@ -13,7 +13,7 @@ from srlm_jax.data.judging_examples import BEST, COUNT, RANK, SCORE, WORST, from
 from srlm_jax.data.trees import ranked_prompts
 from srlm_jax.errors import BadInput
 from srlm_jax.judge.parse import parse_vote
-from srlm_jax.storage import jsonl, paths
+from srlm_jax.storage import jsonl, paths, texts
 
 TEMPLATE = f"The response meets {SCORE} of the five criteria.\nScore: {SCORE}"
 
@@ -76,10 +76,7 @@ def read_template(path: epath.PathLike) -> str:
       BadInput, naming the file: it is not text, or a judgement so worded does not have the score that it is to have.
       OSError: it cannot be read.
     """
-    try:
-        text = paths.given(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    text = texts.read(path)
     if SCORE not in text:
         raise BadInput(f"{path}: the template does not hold {SCORE}; write for instance a last line 'Score: {SCORE}'")
     for score in range(WORST, BEST + 1):

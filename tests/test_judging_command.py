@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,6 @@ from srlm_jax.data.judging_examples import score_of_rank
 from srlm_jax.data.sources import read_judging_examples
 from srlm_jax.errors import BadInput
 from srlm_jax.judging_examples import write_examples
-
-OASST = Path(__file__).parents[2] / "shared" / "data" / "oasst"
 
 
 def make(output, **changes):
@@ -90,12 +87,10 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         make(source, ranked=source)
 
 
-def test_open_assistants_ranks(tmp_path, capsys):
-    if not OASST.exists():
-        pytest.skip("there are no Open Assistant exports")
-    assert len(make(tmp_path / "flat", trees=OASST / "oasst1_en-validation.jsonl")) == 540
+def test_open_assistants_ranks(tmp_path, capsys, shared_data):
+    assert len(make(tmp_path / "flat", trees=shared_data("oasst/oasst1_en-validation.jsonl"))) == 540
     assert "prompts 186" in capsys.readouterr().out
-    assert len(make(tmp_path / "nested", trees=OASST / "en_100_tree.jsonl")) > 300
+    assert len(make(tmp_path / "nested", trees=shared_data("oasst/en_100_tree.jsonl"))) > 300
 
 
 def test_trees_in_no_such_language_are_refused(tmp_path):

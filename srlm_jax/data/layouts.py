@@ -68,7 +68,6 @@ class Content:
 class Layout:
     """Rows with these columns; `content` gives what a row says, and raises Misfit and Unusable as `read` does."""
 
-    name: str
     columns: tuple[str, ...]
     optional: tuple[str, ...]
     content: Callable[[dict], Content]
@@ -321,31 +320,31 @@ def _judged(row: dict) -> Content:
     return dataclasses.replace(said, judgement=judgement)
 
 
-def _layout(name: str, columns: str, optional: str, of: Callable[[dict], Content]) -> Layout:
+def _layout(columns: str, optional: str, of: Callable[[dict], Content]) -> Layout:
     """A layout whose rows may have an id."""
-    return Layout(name=name, columns=tuple(columns.split()), optional=("id", *optional.split()), content=of)
+    return Layout(columns=tuple(columns.split()), optional=("id", *optional.split()), content=of)
 
 
 EXAMPLES = (
-    _layout("plain", "prompt response", "", _example("response")),
-    _layout("prompt and completion", "prompt completion", "", _example("completion")),
-    _layout("Alpaca", "instruction output", "input", _instructed("output")),
-    _layout("Dolly", "instruction response", "context", _instructed("response")),
-    _layout("Self-Instruct", "instruction instances", "", _instances),
-    _layout("chat", "messages", "", lambda row: _first_exchange(row["messages"], "messages")),
-    _layout("ShareGPT", "conversations", "", lambda row: _first_exchange(row["conversations"], "conversations")),
+    _layout("prompt response", "", _example("response")),
+    _layout("prompt completion", "", _example("completion")),
+    _layout("instruction output", "input", _instructed("output")),
+    _layout("instruction response", "context", _instructed("response")),
+    _layout("instruction instances", "", _instances),
+    _layout("messages", "", lambda row: _first_exchange(row["messages"], "messages")),
+    _layout("conversations", "", lambda row: _first_exchange(row["conversations"], "conversations")),
 )
 RANKINGS = (
-    _layout("plain", "prompt responses ranks", "", _ranking),
-    _layout("preference", "chosen rejected", "prompt", _preference),
+    _layout("prompt responses ranks", "", _ranking),
+    _layout("chosen rejected", "prompt", _preference),
 )
 PROMPTS = (
-    _layout("plain", "prompt", "", _prompt),
-    _layout("Self-Instruct", "instruction instances", "", _without_answer(_instances)),
-    _layout("Alpaca, Dolly", "instruction", "input context", lambda row: _said(_instruction(row))),
-    _layout("MT-Bench", "turns", "", _turn_texts),
-    _layout("chat", "messages", "", lambda row: _first_question(row["messages"], "messages")),
-    _layout("ShareGPT", "conversations", "", lambda row: _first_question(row["conversations"], "conversations")),
+    _layout("prompt", "", _prompt),
+    _layout("instruction instances", "", _without_answer(_instances)),
+    _layout("instruction", "input context", lambda row: _said(_instruction(row))),
+    _layout("turns", "", _turn_texts),
+    _layout("messages", "", lambda row: _first_question(row["messages"], "messages")),
+    _layout("conversations", "", lambda row: _first_question(row["conversations"], "conversations")),
 )
 # Without an id: rows that judge answers to one prompt often have that of the prompt.
-JUDGED = (Layout(name="judged", columns=("prompt", "response", "judgement"), optional=(), content=_judged),)
+JUDGED = (Layout(columns=("prompt", "response", "judgement"), optional=(), content=_judged),)

@@ -13,7 +13,10 @@ from srlm_jax.records import NoVote, Vote
 
 # Typographic quotes, blanks, minus sign and dashes are spelled as escapes: they look like their plain kin.
 _BLANK = " \\t\\f\\v\u00a0\u3000"
-_DRESS = _BLANK + "*_`\"'\u2018\u2019\u201c\u201d"
+_MARKS = "*_`\"'\u2018\u2019\u201c\u201d"
+_DRESS = _BLANK + _MARKS
+BEFORE_SCORE = _MARKS + "<[("  # what may stand between "Score:" and its number, white space aside
+_GAP = rf"[{_BLANK}\n{re.escape(BEFORE_SCORE)}]*+"
 _DASH = "\\-\u2212\u2013\u2014"
 _DIGITS = r"[0-9]+(?:\.[0-9]+)?"
 _UNIT = r"(?:points?|pts?\b|stars?|marks?)"
@@ -42,8 +45,8 @@ _REPORTED = re.compile(
     re.IGNORECASE,
 )
 
-_NUMBER = re.compile(rf"(?P<gap>[{_DRESS}\n<\[(]*+)(?P<sign>[+{_DASH}]?)(?P<digits>{_DIGITS}|\.[0-9]+)")
-_NOTHING_YET = re.compile(rf"[{_DRESS}\n<\[(]*+\Z")
+_NUMBER = re.compile(rf"(?P<gap>{_GAP})(?P<sign>[+{_DASH}]?)(?P<digits>{_DIGITS}|\.[0-9]+)")
+_NOTHING_YET = re.compile(rf"{_GAP}\Z")
 _MAYBE_CUT = re.compile(r"[0-9./,]*")
 # After a number: its unit, and its scale ("/5", "out of 5", "(out of a possible 5)", "on a scale of 1 to 5").
 _UNIT_AFTER = re.compile(rf"[{_DRESS}]*+{_UNIT}", re.IGNORECASE)

@@ -8,7 +8,7 @@ from importlib import resources
 from etils import epath
 
 from srlm_jax.errors import BadInput
-from srlm_jax.storage import paths
+from srlm_jax.storage import texts
 
 INSTRUCTION = "<INSTRUCTION_HERE>"
 RESPONSE = "<RESPONSE_HERE>"
@@ -44,21 +44,17 @@ def paper_rubric() -> Rubric:
 
 def read_rubric(path: epath.PathLike) -> Rubric:
     """A rubric from a UTF-8 text file that holds <INSTRUCTION_HERE> and <RESPONSE_HERE> once each. It must mention
-    "Score:", in upper or lower case, because `judge.parse` looks for that in the verdict. It has no stop string. A byte
-    order mark and one line end at the end are not part of it.
+    "Score:", in upper or lower case, because `judge.parse` looks for that in the verdict. It has no stop string.
 
     Raises:
       BadInput, naming the file: it is no such text.
       OSError: it cannot be read.
     """
-    try:
-        text = paths.given(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    text = texts.read(path)
     if not text.strip():
         raise BadInput(f"{path}: the file is blank; give a judge's prompt with {INSTRUCTION} and {RESPONSE} in it")
     try:
-        rubric = Rubric(template=text.removesuffix("\n"), stop=())
+        rubric = Rubric(template=text, stop=())
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     if not re.search("score:", text, re.IGNORECASE):
@@ -79,11 +75,11 @@ def fill(rubric: Rubric, instruction: str, response: str) -> str:
     are replaced: "</response>" becomes "[/response]", and "[END OF ANSWER]" becomes "(END OF ANSWER)". Nothing else is
     changed, and only the judge's prompt is.
     """
-    texts = {
+    inside = {
         INSTRUCTION: _inside_marks(rubric.template, instruction),
         RESPONSE: _inside_marks(rubric.template, response),
     }
-    return _PLACEHOLDER.sub(lambda match: texts[match[0]], rubric.template)
+    return _PLACEHOLDER.sub(lambda place: inside[place[0]], rubric.template)
 
 
 _MARK = r"<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]"

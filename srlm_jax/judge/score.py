@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 from srlm_jax.errors import BadInput
-from srlm_jax.judge.parse import after_head, parse_vote
+from srlm_jax.judge.parse import BEFORE_SCORE, after_head, parse_vote
 from srlm_jax.judge.rubric import Rubric, fill
 from srlm_jax.records import (
     Completion,
@@ -22,7 +22,6 @@ from srlm_jax.records import (
 )
 
 POINTS = ("0", "1", "2", "3", "4", "5")
-_DRESS = "*_`\"'<[(\u2018\u2019\u201c\u201d"  # what may stand between "Score:" and the points
 
 
 def mean_score(votes: Sequence[Vote]) -> float | None:
@@ -142,7 +141,7 @@ def _vote(judgement: Completion, prefix: str) -> Vote:
     vote, start = parse_vote(text, judgement.finished), after_head(text, judgement.finished)
     if start is None or not isinstance(judgement, WatchedCompletion):
         return vote
-    probabilities = judgement.probabilities(max(0, start - len(prefix)), _DRESS)
+    probabilities = judgement.probabilities(max(0, start - len(prefix)), BEFORE_SCORE)
     return dataclasses.replace(vote, expected=None if probabilities is None else expected_points(probabilities))
 
 

@@ -19,6 +19,8 @@ from srlm_jax.storage import jsonl
 
 Tree = TypeVar("Tree")
 
+_ADVICE = "delete the folder and run the stage that makes it again (see --redo)"
+
 
 class BadCheckpoint(UserError, ValueError):
     """A checkpoint is missing, unfinished, damaged or of another model."""
@@ -76,9 +78,6 @@ def save_model(path: epath.PathLike, model: object, facts: Mapping[str, object])
     if hosts.is_main():
         jsonl.write_json(path / "manifest.json", {"hash": identity, "weights": shapes, **facts})
     return identity
-
-
-_ADVICE = "delete the folder and run the stage that makes it again (see --redo)"
 
 
 def check_model(path: epath.PathLike, like: object) -> str:

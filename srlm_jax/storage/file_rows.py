@@ -35,6 +35,7 @@ _SAVE_AS_UTF8 = "save it as UTF-8, as `iconv -f UTF-16 -t UTF-8 FILE > NEW` does
 # The first bytes of what is refused, what it is, and what to do.
 _REFUSED = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    (codecs.BOM_UTF32_LE, "UTF-32 text", _SAVE_AS_UTF8.replace("UTF-16", "UTF-32")),  # begins like UTF-16
     (codecs.BOM_UTF16_LE, "UTF-16 text", _SAVE_AS_UTF8),
     (codecs.BOM_UTF16_BE, "UTF-16 text", _SAVE_AS_UTF8),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook or another Office file", "save the sheet as CSV in UTF-8"),

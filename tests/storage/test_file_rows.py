@@ -215,6 +215,7 @@ def tarred():
     ("data", "problem"),
     [
         (LINES.decode().encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        (LINES.decode().encode("utf-32"), "UTF-32 text; save it as UTF-8, as `iconv -f UTF-32 "),
         (LINES.decode().encode("utf-16-be"), "UTF-16 text; save it as UTF-8"),
         (LINES.decode().encode("utf-16-le"), "UTF-16 text; save it as UTF-8"),
         (zipped("[Content_Types].xml", "xl/workbook.xml"), "an Excel workbook; save the sheet as CSV in UTF-8"),
