@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from typing import Annotated
 
+from srlm_jax import limits
 from srlm_jax.data import world
 from srlm_jax.errors import BadInput
 from srlm_jax.judge.rubric import fill
@@ -27,7 +28,8 @@ class WorldRules:
     reply_flaw: Share  # probability of each flaw in the annotators' answers
     rank_noise: Annotated[float, at_least(0)]  # standard deviation of an annotator's error, in points
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        limits.check(self)
         if self.replies[0] > self.replies[1]:
             raise BadInput(f"replies is {self.replies}: the fewest must not be above the most")
 
@@ -79,7 +81,7 @@ def _fact(rng: random.Random) -> str:
 
 
 def _turns(prompt: str, response: str) -> str:
-    return f"{PLAIN.before_prompt}{prompt}{PLAIN.before_response}{response}"
+    return f"{PLAIN.before_prompt}{prompt}{PLAIN.before_response}{PLAIN.begin_response}{response}"
 
 
 def _answer_document(rng: random.Random, rules: WorldRules) -> str:

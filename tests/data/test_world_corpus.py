@@ -10,6 +10,7 @@ from configs.base import get_config
 from srlm_jax.data import oasst, trees, world, world_corpus
 from srlm_jax.data.trees import SeedRules
 from srlm_jax.data.world_corpus import WorldRules
+from srlm_jax.errors import BadInput
 from srlm_jax.judge.parse import parse_vote
 from srlm_jax.storage import jsonl
 from srlm_jax.text.chat import PLAIN, encode_document
@@ -23,6 +24,20 @@ RULES = WorldRules(
 
 def changed(**changes):
     return WorldRules(**{**vars(RULES), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"held_out": 1}, "held_out is 1: it must be at least 2"),
+        ({"corpus_flaw": 1.5}, "corpus_flaw is 1.5: it must be at least 0 and be at most 1"),
+        ({"replies": (0, 4)}, r"replies\[0\] is 0: it must be at least 1"),
+        ({"replies": (4, 2)}, r"replies is \(4, 2\): the fewest must not be above the most"),
+    ],
+)
+def test_rules_out_of_their_limits_are_refused(changes, problem):
+    with pytest.raises(BadInput, match=problem):
+        changed(**changes)
 
 
 @pytest.fixture(scope="module")
