@@ -24,7 +24,6 @@ from srlm_jax.text.tokenizer import SentencePieceTokenizer, Tokenizer, WordToken
 
 Message = Mapping[str, str]
 
-_CONFIG = "tokenizer_config.json"
 _FILE = "chat_template.jinja"
 _MOST_STEPS = 300_000  # lines of a template's program; the longest published templates take some hundreds
 
@@ -45,13 +44,13 @@ def read_template(folder: epath.PathLike) -> str | None:
             return (folder / _FILE).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise BadInput(f"{folder / _FILE} is not UTF-8 text: {error}") from error
-    found = token_files.read_object(folder / _CONFIG).get("chat_template") if (folder / _CONFIG).exists() else None
+    found = token_files.fields_of(folder / token_files.CONFIG).get("chat_template")
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
     if isinstance(found, dict):
         found = found.get("default")
     if found is not None and not isinstance(found, str):
-        raise BadInput(f"{folder / _CONFIG}: chat_template is {found!r}, which is no text")
+        raise BadInput(f"{folder / token_files.CONFIG}: chat_template is {found!r}, which is no text")
     return found
 
 
@@ -151,6 +150,7 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 # Messages on which formats are compared. The white space shows which of them trim.
 _SHOWN = ("Hello", " Hello\n")
+_DAY = datetime.date(2024, 7, 26)  # which Llama 3's templates give where they do not know the day
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,9 +182,9 @@ def resolve(
     told = [{"role": "system", "content": system}] if system else []
     try:
         dated = render(template, [*told, _user(_SHOWN[0])], tokens, datetime.date.today())
+        theirs, spaced = (_on_any_day(template, [*told, _user(shown)], tokens) for shown in _SHOWN)
     except BadInput as error:
         return chat, f"{here} cannot be rendered, so {fields.chat}={name} may differ from it: {error}"
-    theirs = _without_date(template, [*told, _user(_SHOWN[0])], tokens, dated)
     wanted = _own_system(theirs, tokenizer, FORMATS[name])
     if wanted is None:
         others = [
@@ -194,13 +194,11 @@ def resolve(
         ours = _short(spell(tokenizer, chat, _SHOWN[0]))
         return chat, f"{here} gives {_short(theirs)} for the message 'Hello', and {fields.chat}={name} {ours}; {advice}"
     if system is None and wanted:
-        chat = with_system(chat, wanted)
-        said = (
-            f"{here} has a system prompt of its own, {_short(wanted)}, which is used; {fields.system}='' leaves it out"
-        )
         # One text for all days of a run.
-        return chat, said + (
-            ". The template writes the date of the day, and here its fixed one stays" * (dated != theirs)
+        day = "" if dated == theirs else ". The template writes the date of the day, and here a fixed one stays"
+        return with_system(chat, wanted), (
+            f"{here} has a system prompt of its own, {_short(wanted)}, which is used; {fields.system}='' leaves it "
+            f"out{day}"
         )
     if wanted != chat.system:
         close = "without it the template is followed" if not system else "give it the whole text to follow the template"
@@ -208,8 +206,7 @@ def resolve(
             f"{here} begins with the system prompt {_short(wanted)}, and {fields.system} is {_short(chat.system)}: "
             f"{close}"
         )
-    theirs = _without_date(template, [*told, _user(_SHOWN[1])], tokens, "")
-    if theirs != spell(tokenizer, chat, _SHOWN[1]):
+    if spaced != spell(tokenizer, chat, _SHOWN[1]):
         kept, trimmed = ("keeps", "trims") if chat.strips else ("trims", "keeps")
         return chat, f"{here} {kept} the white space around a message, and {fields.chat}={name} {trimmed} it"
     return chat, None
@@ -223,12 +220,12 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}")
 
 
-def _without_date(template: str, messages: Sequence[Message], tokens: Mapping[str, str], dated: str) -> str:
-    """What a template gives on any day, or `dated` where it needs to know the day."""
+def _on_any_day(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
+    """What a template gives without the date, or on `_DAY` where it needs one: the same on all days."""
     try:
         return render(template, messages, tokens, None)
     except BadInput:
-        return dated
+        return render(template, messages, tokens, _DAY)
 
 
 def _usable(tokenizer: Tokenizer, name: str) -> bool:
@@ -263,7 +260,7 @@ def _names(folder: epath.Path, tokenizer: Tokenizer) -> dict[str, str]:
     names = {"eos_token": tokenizer.piece(tokenizer.eos)}
     if tokenizer.bos is not None:
         names["bos_token"] = tokenizer.piece(tokenizer.bos)
-    config = token_files.read_object(folder / _CONFIG) if (folder / _CONFIG).exists() else {}
+    config = token_files.fields_of(folder / token_files.CONFIG)
     for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(role)
         value = value.get("content") if isinstance(value, dict) else value
@@ -310,13 +307,13 @@ def save_tokenizer(folder: epath.Path, tokenizer: Tokenizer, chat: ChatFormat) -
     if (folder / _FILE).exists():
         (folder / _FILE).write_text(template, encoding="utf-8")
         return
-    config = token_files.read_object(folder / _CONFIG) if (folder / _CONFIG).exists() else {}
+    config = token_files.fields_of(folder / token_files.CONFIG)
     kind = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         kind = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "unk_token": "<unk>"}
     elif not isinstance(tokenizer, WordTokenizer):
         kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    jsonl.write_json(folder / _CONFIG, kind | tokens | config | {"chat_template": template})
+    jsonl.write_json(folder / token_files.CONFIG, kind | tokens | config | {"chat_template": template})
 
 
 def _keeps(template: str, tokens: Mapping[str, str], tokenizer: Tokenizer, chat: ChatFormat) -> bool:

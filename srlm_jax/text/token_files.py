@@ -10,7 +10,8 @@ from srlm_jax.errors import BadInput
 # Chat models often add their marks without declaring them special; what is spelt like this is never made out of text.
 BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+CONFIG = "tokenizer_config.json"
+BESIDE = (CONFIG, "special_tokens_map.json", "generation_config.json")
 
 
 def copy(path: epath.Path, folder: epath.Path) -> None:
@@ -29,7 +30,7 @@ def named_ids(folder: epath.Path, role: str, ids: dict[str, int]) -> tuple[int, 
     for name in BESIDE:
         path = folder / name
         key = f"{role}_token_id" if name == "generation_config.json" else f"{role}_token"
-        value = read_object(path).get(key) if path.exists() else None
+        value = fields_of(path).get(key)
         for token in value if isinstance(value, list) else [value]:
             if token is None:
                 continue
@@ -41,10 +42,16 @@ def named_ids(folder: epath.Path, role: str, ids: dict[str, int]) -> tuple[int, 
     return tuple(dict.fromkeys(found))
 
 
+def fields_of(path: epath.Path) -> dict:
+    """The object in a JSON file; an empty one where there is no such file. Raises BadInput as `read_object`."""
+    return read_object(path) if path.exists() else {}
+
+
 def read_object(path: epath.Path) -> dict:
+    """The object in a JSON file. Raises BadInput where it holds none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise BadInput(f"{path} holds no JSON object")

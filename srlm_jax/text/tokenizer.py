@@ -139,8 +139,8 @@ class WordTokenizer:
         made.decoder = decoders.Sequence([spaced, decoders.Fuse(), *breaks])
         (folder / "tokenizer.json").write_text(made.to_str(pretty=True))
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        path = folder / "tokenizer_config.json"  # which has the chat template already
-        jsonl.write_json(path, kind | special | (token_files.read_object(path) if path.exists() else {}))
+        path = folder / token_files.CONFIG  # which has the chat template already
+        jsonl.write_json(path, kind | special | token_files.fields_of(path))
 
 
 class SentencePieceTokenizer:
@@ -177,9 +177,7 @@ class SentencePieceTokenizer:
             raise BadInput(f"{path} holds a piece that is not UTF-8 text ({error}): copy it again") from error
         self._added = _added_tokens(self._path.parent / "added_tokens.json", self._pieces)
         self.vocabulary = max(size, *(1 + i for i in self._added.values()), 0)
-        config = (
-            token_files.read_object(beside) if (beside := self._path.parent / token_files.BESIDE[0]).exists() else {}
-        )
+        config = token_files.fields_of(self._path.parent / token_files.CONFIG)
         self._always = config.get("legacy") is not False
         self.begins = () if config.get("add_bos_token") is False else (self.bos,)
         pieces = {self._pieces.id_to_piece(i): i for i in range(size)}
@@ -231,7 +229,7 @@ class SentencePieceTokenizer:
 def _added_tokens(path: epath.Path, pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
     """What an added_tokens.json adds to a SentencePiece model: control tokens and their ids."""
     added = {}
-    for name, i in (token_files.read_object(path) if path.exists() else {}).items():
+    for name, i in token_files.fields_of(path).items():
         if type(i) is not int or i < 0:
             raise BadInput(f"{path}: the id of {name!r} is {i!r}, which is no whole number from 0")
         if i < pieces.vocab_size():
@@ -297,11 +295,10 @@ class HuggingFaceTokenizer:
         self.begins = self._begins()
         self._add_twins(never, {every[token["content"]]: token for token in added})
         decoder = json.dumps(document.get("decoder"))
-        self._bytes = "ByteLevel" in decoder, "ByteFallback" in decoder
+        self._byte_level, self._byte_fallback = "ByteLevel" in decoder, "ByteFallback" in decoder
 
     def _begins(self) -> tuple[int, ...]:
-        beside = self._path.parent / token_files.BESIDE[0]
-        said = token_files.read_object(beside).get("add_bos_token") if beside.exists() else None
+        said = token_files.fields_of(self._path.parent / token_files.CONFIG).get("add_bos_token")
         if said is None:
             framed = self._tokens.encode("a", add_special_tokens=True).ids
             said = bool(framed) and framed[0] == self.bos
@@ -336,11 +333,10 @@ class HuggingFaceTokenizer:
 
     def decode_cut(self, ids: Sequence[int]) -> str:
         shown = self._shown(ids)
-        by_letters, by_fallback = self._bytes
-        if by_fallback:
+        if self._byte_fallback:
             del shown[len(shown) - characters.begun_tokens([self.piece(i) for i in shown[-3:]]) :]
         text = self._tokens.decode(shown, skip_special_tokens=False)
-        if by_letters and characters.ends_begun([self.piece(i) for i in shown[-4:]]):
+        if self._byte_level and characters.ends_begun([self.piece(i) for i in shown[-4:]]):
             return text.removesuffix("\ufffd")
         return text
 

@@ -140,10 +140,17 @@ def test_a_template_with_the_date_of_the_day_keeps_one_date(model):
     folder, tokenizer = model(made.LLAMA3_DATED, eos="<|eot_id|>")
     chat, note = resolve(folder, tokenizer, "llama3", None, FIELDS)
     assert chat.system == "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-    assert "writes the date of the day, and here its fixed one stays" in note
+    assert "writes the date of the day, and here a fixed one stays" in note
     chat, note = resolve(folder, tokenizer, "llama3", "Be brief.", FIELDS)
     assert chat.system == "Be brief."
     assert "Today Date: 26 Jul 2024" in note and "give it the whole text to follow the template" in note
+
+
+def test_a_template_that_needs_the_day_gives_one_text_on_all_days(model):
+    template = "{{ '<|im_start|>system\n' + strftime_now('It is %d %b %Y.') + '<|im_end|>\n' }}" + made.CHATML
+    chat, note = resolve(*model(template), "chatml", None, FIELDS)
+    assert chat.system == "It is 26 Jul 2024."
+    assert "writes the date of the day, and here a fixed one stays" in note
 
 
 @pytest.mark.parametrize(
