@@ -22,7 +22,9 @@ _SHARD_BYTES = 5 * 10**9
 _SOURCE = flags.DEFINE_string("source", None, "The folder of the model to convert, in any of the layouts.")
 _TARGET = flags.DEFINE_string("target", None, "The folder to make.")
 _TO = flags.DEFINE_enum("to", None, ["hf", "native"], "The layout to make: Hugging Face's, or this package's own.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "That of most parameters if not given.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "The type of the weights; if not given, that of most parameters."
+)
 
 
 def convert(source: epath.PathLike, target: epath.PathLike, *, to: str, dtype: str | None, shard_bytes: int) -> None:

@@ -43,7 +43,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "The most tokens o
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 is greedy.", lower_bound=0.0)
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "The probability of the likeliest tokens that are drawn from.")
 _N = flags.DEFINE_integer("n", 1, "Completions of each prompt.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random numbers.")
+_SEED = flags.DEFINE_integer("seed", 0, "The seed of the random numbers.")
 _TENSOR = flags.DEFINE_integer(
     "tensor", 1, "Devices that share one copy of the weights, for a model that one cannot hold.", lower_bound=1
 )
@@ -119,7 +119,7 @@ def _chat(checkpoint: epath.Path, tokenizer: Tokenizer, name: str, system: str |
     if name == _CONTINUE:
         if system is not None:
             raise BadInput("--system is given, and --format=none continues texts: choose the model's chat format")
-        return DIALOGUE  # of which nothing is used
+        return DIALOGUE  # or any other: continuing a text uses none of it
     chat, note = templates.resolve(checkpoint, tokenizer, name, system, _FIELDS)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
