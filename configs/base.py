@@ -9,6 +9,7 @@ the choice is ours and says why.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 
 from ml_collections import ConfigDict, config_dict
@@ -413,7 +414,9 @@ def get_config(scale: str | None, models: int) -> ConfigDict:
     """A scale's configuration, up to the model M`models`; no scale means "tiny"."""
     scale = scale or "tiny"
     if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r} after the config's colon: choose one of {', '.join(SCALES)}")
+        near = difflib.get_close_matches(scale, SCALES, 1)
+        meant = f"did you mean {near[0]!r}? There are" if near else "choose one of"
+        raise ValueError(f"unknown scale {scale!r} after the config's colon: {meant} {', '.join(SCALES)}")
     c = SCALES[scale]()
     c.models = models
     c.workdir = f"runs/{scale}"

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 
 import jax
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from srlm_jax import commandline
@@ -110,5 +110,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["source", "target", "to"])
-    app.run(main)
+    commandline.run(main, ["source", "target", "to"])

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from srlm_jax import commandline
@@ -218,5 +218,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["checkpoint", "prompts", "output"])
-    app.run(main)
+    commandline.run(main, ["checkpoint", "prompts", "output"])

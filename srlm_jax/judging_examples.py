@@ -4,7 +4,7 @@ config.seed_data.eft from answers that humans ranked."""
 import collections
 import dataclasses
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from srlm_jax import commandline
@@ -101,5 +101,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["examples"])
-    app.run(main)
+    commandline.run(main, ["examples"])

@@ -4,12 +4,12 @@ slice of chips that nobody has rented yet, and what it would cost."""
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from srlm_jax import commandline
 from srlm_jax.errors import BadInput
-from srlm_jax.pipeline.settings import read
+from srlm_jax.pipeline.settings import Settings, field_names, read
 from srlm_jax.plan import report
 from srlm_jax.plan.planning import make_plan
 from srlm_jax.storage import jsonl
@@ -43,5 +43,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    commandline.run(main, ["config", "topology"], field_names(Settings, "config"))
