@@ -41,8 +41,6 @@ _FOREIGN = {
     ".ckpt": "a training checkpoint",
 }
 
-_POINTER = b"version https://git-lfs"
-
 
 class BadModelFile(UserError, ValueError):
     """A file of a model's folder cannot be used; the message names it and what to do."""
@@ -135,14 +133,6 @@ def _foreign(names: Iterable[str]) -> str:
         if kind := _FOREIGN.get(epath.Path(name).suffix):
             return f"{name:.80} is {kind}, which is not read; get the model as safetensors files with config.json"
     return ""
-
-
-def is_pointer(path: epath.Path) -> bool:
-    """Whether a file is what Git has in place of a large file that it has not fetched."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER
 
 
 def copy_companions(source: epath.Path, folder: epath.Path) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from srlm_jax.model.folders import BadModelFile, instead_of_weights, is_pointer, listed, read_json
+from srlm_jax.model.folders import BadModelFile, instead_of_weights, listed, read_json
+from srlm_jax.storage import paths
 
 Index = tuple[slice, ...]  # a range of each axis, start and stop given
 
@@ -52,7 +53,8 @@ def safetensors_file(path: epath.Path) -> Tensors:
         with safe_open(os.fspath(path), framework="np"):
             pass  # it checks that the header and the file's length are as they should be
     except (SafetensorError, UnicodeDecodeError) as error:
-        raise _not_whole(path, f"{path} is no whole safetensors file ({error!s:.120}): copy it again") from error
+        message = f"{path} is no whole safetensors file ({error!s:.120}): copy it again"
+        raise BadModelFile(paths.pointer_error(path) or message) from error
     except OSError as error:  # the library's do not name the file
         raise BadModelFile(f"{path} cannot be read: {error}") from error
     with path.open("rb") as file:
@@ -74,13 +76,6 @@ def safetensors_file(path: epath.Path) -> Tensors:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-
-
-def _not_whole(path: epath.Path, message: str) -> BadModelFile:
-    """The error for a file that cannot be read: `message`, or that it is only a pointer to the file."""
-    if not is_pointer(path):
-        return BadModelFile(message)
-    return BadModelFile(f"{path} is a Git LFS pointer and not the file itself: fetch it with `git lfs pull`")
 
 
 def write_safetensors(path: epath.Path, tensors: Tensors) -> None:
@@ -122,7 +117,7 @@ def torch_file(path: epath.Path) -> Tensors:
         loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a pickle can fail in any way; the cause stays attached
         message = f"{path} is no whole file of tensors alone ({_reason(error):.120}); nothing else is loaded"
-        raise _not_whole(path, message) from error
+        raise BadModelFile(paths.pointer_error(path) or message) from error
 
     def plain(tensor: object) -> bool:  # and not sparse, nor without its numbers
         return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"

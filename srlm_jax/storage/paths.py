@@ -1,10 +1,12 @@
-"""Paths that a user gives: local ones, or those of a bucket ("gs://bucket/folder")."""
+"""Paths that a user gives, local ones or those of a bucket ("gs://bucket/folder"), and files that are not there yet."""
 
 import os
 
 from etils import epath
 
 from srlm_jax.errors import BadInput, MissingExtra
+
+_POINTER = b"version https://git-lfs"
 
 
 def given(path: epath.PathLike) -> epath.Path:
@@ -34,3 +36,13 @@ def given(path: epath.PathLike) -> epath.Path:
     except Exception as error:  # the libraries of the buckets raise what they like
         raise BadInput(f"{text} cannot be reached ({type(error).__name__}: {error!s:.200})") from error
     return found
+
+
+def pointer_error(path: epath.Path) -> str | None:
+    """The message for a file that is only Git's pointer to a large file, which it has not fetched; None for others."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) != _POINTER:
+            return None
+    return f"{path} is a Git LFS pointer and not the file itself: fetch it with `git lfs pull`"

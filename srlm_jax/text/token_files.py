@@ -6,6 +6,7 @@ import re
 from etils import epath
 
 from srlm_jax.errors import BadInput
+from srlm_jax.storage import paths
 
 # Chat models often add their marks without declaring them special; what is spelt like this is never made out of text.
 BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
@@ -50,9 +51,9 @@ def fields_of(path: epath.Path) -> dict:
 def read_object(path: epath.Path) -> dict:
     """The object in a JSON file. Raises BadInput where it holds none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not JSON: {error}") from error
+        raise BadInput(paths.pointer_error(path) or f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise BadInput(f"{path} holds no JSON object")
     return document

@@ -163,10 +163,11 @@ class SentencePieceTokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._path.read_bytes())
         except (RuntimeError, UnicodeDecodeError) as error:  # the latter where it quotes what it cannot use
-            raise BadInput(
-                f"{path} is not a SentencePiece model: {error}. Llama-3's file of this name is of another kind; "
-                "its tokenizer.json is read"
-            ) from error
+            message = (
+                f"{path} is not a SentencePiece model: {error}. Llama-3's file of this name is of another kind; its "
+                "tokenizer.json is read"
+            )
+            raise BadInput(paths.pointer_error(self._path) or message) from error
         size = self._pieces.vocab_size()
         self.bos, eos = self._pieces.bos_id(), self._pieces.eos_id()
         if self.bos < 0 or eos < 0:

@@ -12,6 +12,7 @@ import tokenizers
 from etils import epath
 from hypothesis import given
 
+from srlm_jax.errors import BadInput
 from srlm_jax.text.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -595,6 +596,23 @@ def test_a_token_beyond_the_models_rows_is_fine_unless_text_makes_it(tmp_path, s
     write_folder(tmp_path, {"eos_token": "[PAD]"}, added=["[PAD]"])
     with pytest.raises(ValueError, match=r"\(id \d+ is '\[PAD\]'\)"):
         check_vocabulary(load_tokenizer(tmp_path), made.get_vocab_size() - 1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(ValueError, match=rf"^{tmp_path / name} is a Git LFS pointer .*: fetch it with `git lfs pull`$"):
+        load_tokenizer(tmp_path)
+
+
+def test_files_beside_a_tokenizer_may_begin_with_a_byte_order_mark_but_not_nest_without_end(tmp_path):
+    made_tokenizers.write(tmp_path, made_tokenizers.byte_level(), bos="<s>", eos="</s>", template=None)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tokenizer(tmp_path).piece(load_tokenizer(tmp_path).eos) == "</s>"
+    path.write_text("[" * 100_000)
+    with pytest.raises(BadInput, match=r"tokenizer_config\.json is not JSON: maximum recursion depth"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
