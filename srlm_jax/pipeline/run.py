@@ -86,16 +86,20 @@ class Run:
     def config(self, *fields: str) -> dict[str, object]:
         """Full names and values of the named parts of the settings: what a stage depends on.
 
-        Of a server only which model it is asked for: the same may be served elsewhere when a run goes on.
+        Of a server only which model it is asked for, None where no server is asked: the same model may be served
+        elsewhere when a run goes on.
         """
-        flat = flatten(self.settings, "config")
+        flat, found = flatten(self.settings, "config"), {}
         wanted = [f"config.{field}" for field in (*fields, "seed")]
-        return {
-            name: value
-            for name, value in flat.items()
-            if any(name == field or name.startswith(f"{field}.") for field in wanted)
-            and ("endpoint" not in name.split(".") or name.endswith(".endpoint.model"))
-        }
+        for name, value in flat.items():
+            group, _, field = name.rpartition(".")
+            if not any(name == each or name.startswith(f"{each}.") for each in wanted):
+                continue
+            if not group.endswith("endpoint"):
+                found[name] = value
+            elif field == "model":
+                found[name] = None if flat[f"{group}.url"] is None else value
+        return found
 
     def contents(self, **sources: str | None) -> dict[str, object]:
         """A hash of what each source holds that is given, by the name of its field with two underscores for each dot:

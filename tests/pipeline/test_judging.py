@@ -254,3 +254,11 @@ def test_thresholds_and_servers_make_no_judgement_of_a_model_stale(tmp_path):
     plain, other = open_run(tmp_path), open_run(tmp_path, min_scored=0.7, endpoint=SERVER)
     assert plain.config(*plain.JUDGING) == other.config(*other.JUDGING)
     assert open_run(tmp_path, prefix="Score: ").config(*plain.JUDGING) != plain.config(*plain.JUDGING)
+
+
+def test_a_server_that_is_named_and_not_asked_is_not_the_judge(tmp_path):
+    """The address came later once: the model's own judgements would have passed for the server's."""
+    without, later = open_run(tmp_path, endpoint={"model": "outside"}), open_run(tmp_path, endpoint=SERVER)
+    field = "config.judging.endpoint.model"
+    assert without.config("judging.endpoint") == {field: None, "config.seed": 0}
+    assert later.config("judging.endpoint") == {field: SERVER["model"], "config.seed": 0}
