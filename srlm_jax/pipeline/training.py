@@ -82,6 +82,7 @@ def _train_stage(
     ]
     fields = (part, "model", "chat", "chat_system", "logprob_chunk", "length_multiple", "context_length", "packed")
     config = run.config(*fields, *(() if lora is None else ("lora",)))
+    del config[f"config.{part}.train.first_loss_tolerance"]  # it stops a training, and changes none
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
     # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
     if hosts.is_main():

@@ -12,7 +12,7 @@ from srlm_jax.data import world
 from srlm_jax.model import llama, quantized
 from srlm_jax.parallel import hosts, rules
 from srlm_jax.pipeline import answering, checks, judging, seeding, training
-from srlm_jax.pipeline.ledger import EmptyStage, Outcome
+from srlm_jax.pipeline.ledger import EmptyStage, Ledger, Outcome
 from srlm_jax.pipeline.run import Run, make_run, open_workdir
 from srlm_jax.pipeline.settings import BadConfig, read
 from srlm_jax.records import (
@@ -241,6 +241,17 @@ def test_examples_that_all_exceed_the_context_stop_the_training(tmp_path):
     jsonl.write(run.workdir / "long.jsonl", [Example(id="a", prompt="list", response="apple " * 400, finished=True)])
     with pytest.raises(EmptyStage, match=r"none of 1 examples fits config\.context_length"):
         training.fine_tune(run, "sft", ["long.jsonl"], ["seed", "m0/train"])
+
+
+def test_how_far_a_first_loss_may_be_off_makes_no_model_stale(tmp_path, monkeypatch):
+    """A tolerance that is raised for M1 is the baseline's too, which would be trained again."""
+    configs = []
+    monkeypatch.setattr(Ledger, "run", lambda ledger, stage, work, *, config, **_: configs.append(config))
+    for tolerance, steps in ((0.02, 20), (0.5, 20), (0.02, 21)):
+        run = open_run(tmp_path, sft__train__first_loss_tolerance=tolerance, sft__train__steps=steps)
+        training.fine_tune(run, "sft", [], [])
+    first, tolerant, longer = configs
+    assert first == tolerant != longer
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
