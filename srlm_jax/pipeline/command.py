@@ -55,13 +55,14 @@ def run_command(config: Mapping, redo: str | None, given: Sequence[str] = ()) ->
         open_workdir(run.workdir)
         tells = hosts.is_main()  # one process prints, and writes what is one file
         if tells and not run.embedded:
-            print(_introduced(run))
+            print(_introduced(run), flush=True)
         if tells and (idle := without_effect(settings, given)):
-            print("no effect in this run: " + "; ".join(f"{name} ({reason})" for name, reason in idle.items()))
+            said = "; ".join(f"{name} ({reason})" for name, reason in idle.items())
+            print(f"no effect in this run: {said}", flush=True)
         if redo is not None:
             removed = run.ledger.redo(redo)
             if tells:
-                print(f"removed: {', '.join(removed)}")
+                print(f"removed: {', '.join(removed)}", flush=True)
     progress = Progress(run)
     run.ledger.after = progress.after_stage
     try:

@@ -1,6 +1,8 @@
 """The main command: its table, its results, and what it says instead of a traceback."""
 
+import io
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +178,21 @@ def test_the_command_tells_what_a_redo_removed(finished, tmp_path, capsys):
     assert "removed: m1/eval" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--redo=m1/eval: .* has no such stage; it has none"):
         run_command(finished, "m1/eval")
+
+
+def test_what_is_said_at_the_start_is_there_before_the_first_stage_ends(finished, tmp_path, monkeypatch):
+    """A file as stdout holds lines back: hours passed before "no effect in this run" could be read."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    monkeypatch.setattr(command, "self_reward", lambda run: seen.append(written.getvalue().decode()))
+    seen, entry = [], {"status": "done", "stage": "m1/eval", "inputs": {}, "outputs": [], "config": {}, "code": "1"}
+    jsonl.write_json(tmp_path / "ledger" / "m1.eval.json", entry)
+    run_command(finished, "m1/eval", ["config.lora.alpha"])
+    (said,) = seen
+    assert said.splitlines() == [
+        "no effect in this run: config.lora.alpha (config.lora.rank is not given)",
+        "removed: m1/eval",
+    ]
 
 
 def test_a_metrics_file_that_is_cut_is_named(finished, tmp_path):
