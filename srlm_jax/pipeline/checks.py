@@ -53,10 +53,9 @@ def check_sources(run: Run) -> None:
       BadConfig: a file cannot be read or used; the message has its field.
     """
     s = run.settings
-    contents = seeding.contents(run)
-    entry = run.ledger.entry("seed")
-    read = entry is not None and entry["status"] == "done" and contents.items() <= entry["config"].items()
-    if contents and not read:
+    config, entry = seeding.seed_config(run), run.ledger.entry("seed")
+    read = entry is not None and entry["status"] == "done" and entry["config"] == config
+    if not read and (s.seed_data.trees is not None or s.seed_data.ift is not None):
         seeding.read_seed(run)
     if s.seed_data.eft_file is not None:
         seeding.read_judging_examples(run)
@@ -92,15 +91,16 @@ def check_writer(run: Run) -> None:
 
 def check_servers(run: Run) -> None:
     """Asks each server of this run for something short, as its stages will; the server of the run's own models only
-    whether it is there and takes the key, since none of them may be served yet. A run whose results are written may
-    need no server any more: only the keys are looked for.
+    whether it is there and takes the key, since none of them may be served yet. A finished run may need no server any
+    more: only the keys are looked for.
 
     Raises:
       EndpointError: a key is missing; a server cannot be reached, or refuses the key, the model or a parameter.
       MissingExtra: the package that asks servers is missing.
     """
     s, writer = run.settings, run.settings.self_instruction
-    ask = not (run.workdir / "results.json").exists()
+    last = run.ledger.entry(f"m{s.models}/eval")
+    ask = last is None or last["status"] != "done"
     if s.endpoint.url is not None:
         generate = EndpointGenerate(s.endpoint, "config.endpoint")
         if ask:

@@ -4,7 +4,7 @@ import dataclasses
 
 from srlm_jax.data import judging_examples, oasst, sources, trees, world_corpus
 from srlm_jax.data.judging_examples import JudgingExample
-from srlm_jax.data.trees import SeedSplit
+from srlm_jax.data.trees import SeedRules, SeedSplit
 from srlm_jax.parallel import hosts
 from srlm_jax.pipeline import answering, judging
 from srlm_jax.pipeline.ledger import EmptyStage, Outcome
@@ -53,7 +53,7 @@ def split_seed(run: Run) -> None:
     run.ledger.run(
         "seed",
         work,
-        config=run.config("seed_data") | contents(run),
+        config=seed_config(run),
         inputs=() if own else ("world",),
         outputs=("seed",),
     )
@@ -63,15 +63,23 @@ def split_seed(run: Run) -> None:
         judging.ranked_prompts(run, name)
 
 
-def contents(run: Run) -> dict[str, object]:
-    """A hash of each source of human data, as in `Run.contents`; empty for the embedded world's."""
+def seed_config(run: Run) -> dict[str, object]:
+    """What the seed data depend on: the sources' names and contents, and the rules by which trees are divided."""
     s = run.settings.seed_data
-    return run.contents(
+    config = run.config(*(f"seed_data.{name}" for name in ("trees", "ift", "eft_train", "eft_eval", "rules")))
+    config["config.seed_data.rules.eft_train_prompts"] = _rules(run).eft_train_prompts
+    return config | run.contents(
         seed_data__trees=s.trees,
         seed_data__ift=s.ift,
         seed_data__eft_train=s.eft_train,
         seed_data__eft_eval=s.eft_eval,
     )
+
+
+def _rules(run: Run) -> SeedRules:
+    """How trees are divided: as configured, and none are for training the judge where the user has examples of it."""
+    s = run.settings.seed_data
+    return s.rules if s.eft_file is None else dataclasses.replace(s.rules, eft_train_prompts=0)
 
 
 def read_seed(run: Run) -> tuple[SeedSplit, dict[str, int]]:
@@ -87,9 +95,8 @@ def read_seed(run: Run) -> tuple[SeedSplit, dict[str, int]]:
         return split, counts
     with naming("config.seed_data.trees"):
         export = oasst.read_export(s.trees or run.workdir / "world" / "trees.jsonl")
-    rules_ = s.rules if s.eft_file is None else dataclasses.replace(s.rules, eft_train_prompts=0)
     with naming("config.seed_data.rules"):
-        return trees.split_seed(export.trees, rules_, run.settings.seed), export.counts
+        return trees.split_seed(export.trees, _rules(run), run.settings.seed), export.counts
 
 
 def read_judging_examples(run: Run) -> tuple[list[JudgingExample], dict[str, int]]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
@@ -168,12 +169,43 @@ def test_human_data_that_were_read_are_not_read_again(tree, tmp_path, monkeypatc
     with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees: .*trees\.jsonl:1"):
         checks.check_sources(run)
     entry = {"status": "done", "stage": "seed", "inputs": {}, "outputs": ["seed"], "code": "test"}
-    entry |= {"config": checks.seeding.contents(run)}
+    entry |= {"config": checks.seeding.seed_config(run)}
     jsonl.write_json(epath.Path(tmp_path) / "run" / "ledger" / "seed.json", entry)
     checks.check_sources(run)
     trees.write_text('{"changed": 1}\n')
     with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees: .*trees\.jsonl:1"):
         checks.check_sources(run)
+
+
+def test_human_data_are_read_again_where_they_are_divided_otherwise(tree, tmp_path):
+    """With --redo=seed and other rules, the stages were removed before the rules were refused."""
+    trees = tmp_path / "trees.jsonl"
+    trees.write_text("{}\n")
+    tree = put(tree, {"seed_data.trees": str(trees)})
+    before = make_run(read(put(tree, {"seed_data.rules.eft_eval_prompts": 3})), "test")
+    entry = {"status": "done", "stage": "seed", "inputs": {}, "outputs": ["seed"], "code": "test"}
+    entry |= {"config": checks.seeding.seed_config(before)}
+    jsonl.write_json(epath.Path(tmp_path) / "run" / "ledger" / "seed.json", entry)
+    checks.check_sources(before)
+    with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees: .*trees\.jsonl:1"):
+        checks.check_sources(make_run(read(put(tree, {"seed_data.rules.eft_eval_prompts": 4})), "test"))
+
+
+def test_servers_are_asked_until_the_last_model_is_evaluated(tree, tmp_path, monkeypatch):
+    """results.json is there after the first stage: a run that went on asked no server before its stages did."""
+    asked = []
+    monkeypatch.setattr(
+        checks, "EndpointGenerate", lambda server, field: SimpleNamespace(check=lambda *_: asked.append(field))
+    )
+    server = {"judging.endpoint.url": "http://localhost:9/v1", "judging.endpoint.model": "judge"}
+    run = make_run(read(put(tree, server)), "test")
+    jsonl.write_json(epath.Path(tmp_path) / "run" / "results.json", {})
+    checks.check_servers(run)
+    assert asked == ["config.judging.endpoint"]
+    entry = {"status": "done", "stage": "m2/eval", "inputs": {}, "outputs": ["m2/eval"], "config": {}, "code": "test"}
+    jsonl.write_json(epath.Path(tmp_path) / "run" / "ledger" / "m2.eval.json", entry)
+    checks.check_servers(run)
+    assert asked == ["config.judging.endpoint"]
 
 
 # --- fields without effect --------------------------------------------------------------------------------------------

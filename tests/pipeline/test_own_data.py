@@ -273,6 +273,17 @@ def test_judging_examples_from_the_ranks_of_the_training_prompts(tmp_path):
     assert {example.response for example in made} == {"Score: 5", "Score: 1"}
 
 
+def test_the_seed_stays_where_its_split_does(tmp_path):
+    """Examples from ranks may be asked for when the baseline's own judgements have failed, hours after the seed."""
+    sources = {"trees": write(tmp_path / "trees", messages(20)), "rules": RULES}
+    seeding.split_seed(open_run(tmp_path / "run", **sources))
+    take_eft(tmp_path / "run", eft="ranks", **sources)
+    with pytest.raises(
+        StaleStage, match=r"stage seed made otherwise: config\.seed_data\.rules\.eft_train_prompts was 6"
+    ):
+        take_eft(tmp_path / "run", eft=write(tmp_path / "eft", judging_rows("train")), **sources)
+
+
 def test_judging_examples_that_cannot_be_used_are_named_with_their_field(tmp_path, own):
     del own["eft_train"]
     without_score = judging_rows("b")[0] | {"judgement": "fine"}
