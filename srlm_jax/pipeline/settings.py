@@ -81,6 +81,11 @@ class SeedData:
             )
         if given and self.trees is not None:
             raise BadConfig(f"config.seed_data.trees and config.seed_data.{given[0]} are both given: keep one")
+        if not given and self.eft_file is None and self.rules.eft_train_prompts == 0:
+            raise BadConfig(
+                "config.seed_data.rules.eft_train_prompts is 0, and nothing else teaches the model to judge: take some "
+                "prompts, or give judging examples as config.seed_data.eft"
+            )
 
     @property
     def eft_file(self) -> str | None:

@@ -305,3 +305,11 @@ def test_judging_examples_that_do_not_go_together_with_other_sources_are_refused
         settings(tmp_path, eft="x", ift="x")
     settings(tmp_path, eft="x", ift="x", eft_eval="x")
     settings(tmp_path, eft="x", trees="x")
+
+
+def test_without_ranked_prompts_to_learn_from_judging_examples_are_needed(tmp_path):
+    for eft in ({}, {"eft": "ranks"}):
+        with pytest.raises(BadConfig, match=r"config\.seed_data\.rules\.eft_train_prompts is 0, and nothing else"):
+            settings(tmp_path, rules={"eft_train_prompts": 0}, **eft)
+    settings(tmp_path, rules={"eft_train_prompts": 0}, eft="x", trees="x")
+    settings(tmp_path, rules={"eft_train_prompts": 0}, ift="x", eft_train="x", eft_eval="x")
