@@ -67,8 +67,8 @@ def refusal(kind: object, value: object, name: str) -> str | None:
     if isinstance(value, tuple):
         inner = [part for part in typing.get_args(kind) if part is not ...]
         kinds = inner * len(value) if len(inner) == 1 else inner
-        said = (refusal(part, item, f"{name}[{i}]") for i, (part, item) in enumerate(zip(kinds, value, strict=True)))
-        return next((reason for reason in said if reason), None)
+        reasons = (refusal(part, item, f"{name}[{i}]") for i, (part, item) in enumerate(zip(kinds, value, strict=True)))
+        return next((reason for reason in reasons if reason), None)
     conditions = limits_of(kind)
     if all(limit.allows(value) for limit in conditions):
         return None

@@ -5,12 +5,12 @@ batch that would have come next. A thread makes the next batches while the devic
 batch last taken.
 
 Padded, a document has a row to itself and rows are as long as the longest. Packed, documents share rows (`packing`):
-the same examples in a batch and the same loss, in fewer positions. In fewer still where the two answers of a pair share
-the tokens of their prompt (`model.folding`): packed pairs do where that saves a tenth of all positions or more, since
-attention has to undo it in every layer.
+the same examples in a batch and the same loss, in fewer positions. The two answers of a pair can also share the tokens
+of their prompt (`model.folding`). Packed pairs do so where it saves a tenth of all positions or more, because attention
+has to undo it in every layer.
 
-Every process of a job draws the same batches, rows of all processes together: which rows are whose is the mesh's
-affair (`parallel.hosts.spread`), so no batch depends on how many processes there are.
+Every process of a job draws the same batches, rows of all processes together. The mesh says which process holds which
+rows (`parallel.hosts.spread`), so that no batch depends on the number of processes.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ class TokenBatch(NamedTuple):
     mask_BT: jax.Array
     positions_BT: jax.Array  # in the token's own document
     segments_BT: jax.Array | None  # the number of the token's document, from 1, and 0 for padding; None: row B's is B
-    folding: Folding | None = None  # where documents share tokens, whose number is that of either
+    folding: Folding | None = None  # where documents share tokens; a shared token has the number of one
 
     @property
     def documents(self) -> jax.Array | Folding | None:
-        """What the model is to know of documents in a row."""
+        """The documents of each row, as the model takes them."""
         return self.segments_BT if self.folding is None else self.folding
 
 
@@ -84,8 +84,8 @@ class PairRow:
 
     @property
     def shared(self) -> int:
-        """How many positions the two answers can share. That of the prompt's last token they cannot: what it is to
-        predict is not the same."""
+        """How many positions the two answers can share: the same tokens at the beginning of their prompts. The prompt's
+        last token is not shared, because its target differs."""
         most = min(self.chosen.loss_from, self.rejected.loss_from) - 1
         same = zip(self.chosen.ids[:most], self.rejected.ids[:most], strict=False)
         return next((i for i, (one, other) in enumerate(same) if one != other), max(most, 0))
@@ -97,7 +97,7 @@ class PairRow:
 
     @property
     def folded_length(self) -> int:
-        """How many they take where they share what they can."""
+        """How many positions both answers take in a row where they share their prompt."""
         return self.length - self.shared
 
 
@@ -147,10 +147,10 @@ def unpacked(batch: TokenBatch) -> list[Row]:
 
 def _by_document(segments: np.ndarray, source: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """The row of each document and the places of its tokens there."""
-    found = {}
+    places = {}
     for b, of_row in enumerate(segments):
-        found |= {int(number): (b, source[b, of_row == number]) for number in np.unique(of_row) if number}
-    return [found[number] for number in sorted(found)]
+        places |= {int(number): (b, source[b, of_row == number]) for number in np.unique(of_row) if number}
+    return [places[number] for number in sorted(places)]
 
 
 def _padded(row: Row, length: int) -> dict[str, np.ndarray]:

@@ -52,13 +52,13 @@ def worded(wording: str, score: int, rank: int, count: int) -> str:
 
 def from_ranks(prompts: Sequence[RankedPrompt], wording: str) -> list[JudgingExample]:
     """A judging example for every ranked answer, its score by `score_of_rank`."""
-    found = []
+    examples = []
     for prompt in prompts:
         places = sorted(set(prompt.ranks))
         for response, rank in zip(prompt.responses, prompt.ranks, strict=True):
             judgement = worded(wording, score_of_rank(rank, prompt.ranks), places.index(rank) + 1, len(prompt.ranks))
-            found.append(JudgingExample(prompt=prompt.prompt, response=response, judgement=judgement))
-    return found
+            examples.append(JudgingExample(prompt=prompt.prompt, response=response, judgement=judgement))
+    return examples
 
 
 def filled_examples(judged: Sequence[JudgingExample], eft_eval: Sequence[RankedPrompt], rubric: Rubric) -> EftExamples:

@@ -69,7 +69,7 @@ def read_judging_examples(source: epath.PathLike) -> tuple[list[JudgingExample],
 def read_prompts(source: epath.PathLike, name: str, *, blank: bool = False) -> tuple[list[Prompt], dict[str, int]]:
     """A fixed set of prompts, of origin "user"; raises as `read_examples` does. With `blank` they may be empty."""
     used, counts = _read(source, name, layouts.PROMPTS, blank=blank)
-    return [Prompt(id=id_, text=said.prompt, origin="user") for id_, said in used], counts
+    return [Prompt(id=id_, text=c.prompt, origin="user") for id_, c in used], counts
 
 
 def without_overlap(
@@ -123,16 +123,16 @@ def _read(
     source: epath.PathLike, name: str, known: Sequence[Layout], *, blank: bool = False
 ) -> tuple[list[tuple[str, Content]], dict[str, int]]:
     """(id, what it says) of every row that can be used, and the counts."""
-    found = rows.read(source, layouts.columns_of(known))
-    first = next(found)
+    source_rows = rows.read(source, layouts.columns_of(known))
+    first = next(source_rows)
     layout = layouts.choose(known, first[1], rows.mapping(source))
     if layout is None:
         raise BadRecord(f"{first[0]}: {_unknown(source, known)}")
     used, wrong, dropped, left_out = {}, [], collections.defaultdict(list), collections.Counter()
     total = 0
-    for total, (where, row) in enumerate(itertools.chain([first], found), start=1):
+    for total, (where, row) in enumerate(itertools.chain([first], source_rows), start=1):
         try:
-            said = layouts.read(layout, row, blank=blank)
+            content = layouts.read(layout, row, blank=blank)
             id_ = identity(row.get("id"), "id") or f"{name}-{total:06}"
             if id_ in used:
                 raise Unusable(RowDrop.SAME_ID)
@@ -141,8 +141,8 @@ def _read(
         except Unusable as unusable:
             dropped[unusable.args[0]].append(where)
         else:
-            used[id_] = said
-            left_out.update(said.left_out)
+            used[id_] = content
+            left_out.update(content.left_out)
     if wrong:
         others = f"; {len(wrong)} of {total} rows are wrong, this is the first" if len(wrong) > 1 else ""
         raise BadRecord(f"{wrong[0]}{others}; {rows.ADVICE}")

@@ -173,7 +173,7 @@ def _concluding(text: str, finished: bool) -> _Head | NoVote:
 
 
 def _heads(text: str, finished: bool) -> list[_Head]:
-    waiting, quoted_to, found = sorted(quotations(text, finished), reverse=True), 0, []
+    waiting, quoted_to, heads = sorted(quotations(text, finished), reverse=True), 0, []
     for match in _HEAD.finditer(text):
         while waiting and waiting[-1][0] <= match.start():
             quoted_to = max(quoted_to, waiting.pop()[1])
@@ -189,8 +189,8 @@ def _heads(text: str, finished: bool) -> list[_Head]:
             sentence=bool(match["is"] or (name is not None and name["the"])),
             scale=match["scale"] or match["bare_scale"],
         )
-        found.append(head)
-    return found
+        heads.append(head)
+    return heads
 
 
 def _before(start: int) -> tuple[int, int]:

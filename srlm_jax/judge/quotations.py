@@ -21,15 +21,15 @@ def quotations(text: str, finished: bool) -> list[tuple[int, int]]:
 
     Takes time linear in the text.
     """
-    found = _between(text, _DOUBLE, finished) + _between(text, _SINGLE, None) + _between(text, _CODE, None)
-    found += [match.span() for match in _BLOCK.finditer(text)]
+    spans = _between(text, _DOUBLE, finished) + _between(text, _SINGLE, None) + _between(text, _CODE, None)
+    spans += [match.span() for match in _BLOCK.finditer(text)]
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-    return [(start, end) for start, end in found if start > first or end < last]
+    return [(start, end) for start, end in spans if start > first or end < last]
 
 
 def _between(text: str, marks: re.Pattern, finished: bool | None) -> list[tuple[int, int]]:
     """`finished` None: what is not closed is no quotation."""
-    found, opened = [], None
+    spans, opened = [], None
     for mark in marks.finditer(text):
         before, after = text[mark.start() - 1 : mark.start()], text[mark.end() : mark.end() + 1]
         opens = mark[0] in _OPENERS or not (before.isalnum() or after.isspace() or not after)
@@ -39,14 +39,14 @@ def _between(text: str, marks: re.Pattern, finished: bool | None) -> list[tuple[
         if marks is _CODE:
             opens = closes = True
         if closes and opened is not None:
-            found.append((opened, mark.end()))
+            spans.append((opened, mark.end()))
             opened = None
         elif opens:
             if opened is not None and finished is not None:
                 line_end = text.find("\n", opened, mark.start())
-                found += [(opened, line_end)] if line_end != -1 else []
+                spans += [(opened, line_end)] if line_end != -1 else []
             opened = mark.start()
     if opened is not None and finished is not None:
         line_end = text.find("\n", opened) if finished else -1
-        found.append((opened, len(text) if line_end == -1 else line_end))
-    return found
+        spans.append((opened, len(text) if line_end == -1 else line_end))
+    return spans

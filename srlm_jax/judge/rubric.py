@@ -69,11 +69,11 @@ def fill(rubric: Rubric, instruction: str, response: str) -> str:
     """The prompt for one judgement. Both places are filled in one pass: a response that quotes a placeholder keeps
     it as text.
 
-    A text cannot close the marks that the template puts around it. Marks are what stands in angle or square brackets
-    directly before or after a place, white space between them aside: <response> and </response> in the paper's prompt.
-    Where the instruction or the response holds such a mark, opening or closing, in any case and spacing, its brackets
-    are replaced: "</response>" becomes "[/response]", and "[END OF ANSWER]" becomes "(END OF ANSWER)". Nothing else is
-    changed, and only the judge's prompt is.
+    A text cannot close the marks that the template puts around it. A mark is a text in angle or square brackets that
+    stands directly before or after a place, with or without white space between: <response> and </response> in the
+    paper's prompt. Where the instruction or the response holds such a mark, opening or closing, in any case and
+    spacing, its brackets are replaced: "</response>" becomes "[/response]", and "[END OF ANSWER]" becomes
+    "(END OF ANSWER)". Everything else stays as it is.
     """
     inside = {
         INSTRUCTION: _inside_marks(rubric.template, instruction),
@@ -100,13 +100,13 @@ def _in_other_brackets(match: re.Match) -> str:
 @functools.lru_cache(maxsize=8)
 def _marks(template: str) -> re.Pattern | None:
     """Finds, in a text, the marks that stand beside the template's places; None where none do."""
-    found = set()
+    marks = set()
     for place in _PLACEHOLDER.finditer(template):
         before = re.search(rf"({_MARK})\s*\Z", template[: place.start()])
         after = re.compile(rf"\s*({_MARK})").match(template, place.end())
-        found |= {match[1] for match in (before, after) if match} - {INSTRUCTION, RESPONSE}
+        marks |= {match[1] for match in (before, after) if match} - {INSTRUCTION, RESPONSE}
     patterns = []
-    for mark in sorted(found):
+    for mark in sorted(marks):
         words = re.findall(r"[^\s/<>\[\]]+", mark)
         if mark[0] == "<" and words:  # a tag: its name alone counts, with any attributes, opening or closing
             patterns.append(rf"<{_UNSEEN}*+/?{_UNSEEN}*+{re.escape(words[0])}(?![\w-])[^<>]*+>?")

@@ -39,7 +39,8 @@ def mean_expected(votes: Sequence[Vote]) -> float | None:
 
 
 def expected_points(probabilities: Sequence[float]) -> float | None:
-    """The mean of 0 to 5 under probabilities that need no norm; None where they are not finite, or all 0."""
+    """The mean of 0 to 5 under six probabilities, which need not add up to 1; None where they are not finite, or all
+    0."""
     total = math.fsum(probabilities)
     if not (0 < total < math.inf):
         return None

@@ -98,12 +98,12 @@ def check_model(path: epath.PathLike, like: object) -> str:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("weights"), dict) or "hash" not in manifest:
         raise BadCheckpoint(f"{path / 'manifest.json'} lacks the field 'hash' or 'weights'; {_ADVICE}")
     wanted = named_leaves(like)
-    found = manifest["weights"]
-    for name in sorted(wanted.keys() | found.keys()):
+    stored = manifest["weights"]
+    for name in sorted(wanted.keys() | stored.keys()):
         want = None if name not in wanted else {"shape": list(wanted[name].shape), "dtype": str(wanted[name].dtype)}
-        if want != found.get(name):
+        if want != stored.get(name):
             raise BadCheckpoint(
-                f"{path}: weight {name!r:.80} is {found.get(name, 'missing')!s:.80}, the model configuration wants "
+                f"{path}: weight {name!r:.80} is {stored.get(name, 'missing')!s:.80}, the model configuration wants "
                 f"{want or 'none of that name'}; it is the checkpoint of another model"
             )
     if not (path / "weights").is_dir():

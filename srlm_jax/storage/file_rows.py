@@ -1,7 +1,7 @@
 """The rows of one file that people bring: JSON Lines, a JSON array, CSV, Parquet or Arrow, also compressed.
 
-The first bytes decide what a file is. Only CSV is told by its name, which ends in .csv or .tsv. Every other file is
-refused with what it is and what to do. Every error names the file and the line, item or row.
+The first bytes decide what a file is. Only CSV is recognised by its name, which ends in .csv or .tsv. Every other file
+is refused with what it is and what to do. Every error names the file and the line, item or row.
 """
 
 import bz2

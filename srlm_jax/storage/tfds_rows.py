@@ -62,7 +62,7 @@ def _match(source: str) -> re.Match:
 
 
 def _builder(source: str) -> Any:
-    """Of a data set that is there; nothing is fetched or prepared."""
+    """The builder of a data set that is prepared already; nothing is downloaded or prepared."""
     match = _match(source)
     try:
         import tensorflow_datasets
