@@ -107,7 +107,7 @@ def write_report(workdir: epath.Path, models: Sequence[str]) -> None:
         "slowest": max((stage["seconds"] for stage in stages), default=1) or 1,
         "samples": [samples.of_round(it) for it in rounds] + samples.held_out(evaluated, oracle),
     }
-    (workdir / "report.html").write_bytes(template().render(page).encode("utf-8"))
+    jsonl.write_whole(workdir / "report.html", [template().render(page).encode("utf-8")])
 
 
 def template() -> jinja2.Template:

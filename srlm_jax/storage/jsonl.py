@@ -41,13 +41,13 @@ def write(path: epath.PathLike, records: Iterable[object]) -> None:
     The bytes depend on the records alone: keys in field order, no escapes but JSON's own. What is written can be
     read: a value that does not fit its field's annotation raises BadRecord and leaves `path` as it was.
     """
-    _write_atomically(epath.Path(path), _lines(path, records))
+    write_whole(epath.Path(path), _lines(path, records))
 
 
 def write_documents(path: epath.PathLike, documents: Iterable[object]) -> None:
     """Writes JSON documents that are not records (message trees, say), one line each, replacing `path` in one step."""
     lines = (json.dumps(document, ensure_ascii=False, allow_nan=False).encode() + b"\n" for document in documents)
-    _write_atomically(epath.Path(path), lines)
+    write_whole(epath.Path(path), lines)
 
 
 def read(path: epath.PathLike, cls: type[Record]) -> list[Record]:
@@ -122,7 +122,31 @@ def write_json(path: epath.PathLike, document: object) -> None:
         data = text.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise BadRecord(f"{path}: cannot be written as JSON: {error}") from error
-    _write_atomically(epath.Path(path), [data])
+    write_whole(epath.Path(path), [data])
+
+
+def write_whole(path: epath.Path, chunks: Iterable[bytes]) -> None:
+    """Writes a file that is there whole or not at all, whenever the process ends; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name is new each time: two writers of one file can then never mix their bytes, the last one wins whole.
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        with partial.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            if _is_local(path):
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if _is_local(path):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name outlives a power cut only once its folder is on disk
+        finally:
+            os.close(folder)
 
 
 def read_json(path: epath.PathLike) -> object:
@@ -144,29 +168,6 @@ def _shards(directory: epath.Path) -> list[epath.Path]:
             f"{shard(directory, max(done)).name} is there; run the stage that writes them again"
         )
     return [shard(directory, index) for index in sorted(done)]
-
-
-def _write_atomically(path: epath.Path, chunks: Iterable[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The name is new each time: two writers of one file can then never mix their bytes, the last one wins whole.
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            if _is_local(path):
-                file.flush()
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    if _is_local(path):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name outlives a power cut only once its folder is on disk
-        finally:
-            os.close(folder)
 
 
 def _is_local(path: epath.Path) -> bool:

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import random
 import re
 import shutil
@@ -294,6 +295,17 @@ def test_the_same_files_give_the_same_bytes(run, tmp_path):
     write_run(again, 24, 1)
     report.write_report(again, MODELS)
     assert (again / "report.html").read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_a_page_takes_the_place_of_the_last_one_in_one_step(tmp_path):
+    """It is written again after each stage: whoever opens it meanwhile, or kills the run, has one of the two whole."""
+    workdir = epath.Path(tmp_path)
+    report.write_report(workdir, MODELS)
+    before = (workdir / "report.html").read_bytes()
+    os.link(workdir / "report.html", workdir / "opened")
+    _write_ledger(workdir, "m2/pairs", {"kept": 1}, 1.0)
+    report.write_report(workdir, MODELS)
+    assert (workdir / "opened").read_bytes() == before != (workdir / "report.html").read_bytes()
 
 
 def test_an_empty_folder_gives_a_page(tmp_path):
