@@ -14,8 +14,8 @@ from srlm_jax.records import Example, Prompt, RankedPrompt
 from srlm_jax.storage import jsonl
 
 
-def settings(workdir, prompts_file=None, rules=None, rubric=None, **seed_data):
-    tree = get_config("smoke", 2).to_dict() | {"workdir": str(workdir)}
+def settings(workdir, prompts_file=None, rules=None, rubric=None, models=2, **seed_data):
+    tree = get_config("smoke", models).to_dict() | {"workdir": str(workdir)}
     tree["seed_data"] |= {name: str(path) for name, path in seed_data.items()}
     tree["seed_data"]["rules"] |= rules or {}
     tree["self_instruction"]["prompts_file"] = None if prompts_file is None else str(prompts_file)
@@ -152,6 +152,7 @@ def test_self_instruction_needs_enough_prompts_to_show(tmp_path, own):
     fixed = write(tmp_path / "prompts", [{"prompt": "ask"}])
     seeding.split_seed(open_run(tmp_path / "run", **own, prompts_file=fixed))
     settings(tmp_path, rules={"ift_prompts": 7}, prompts_file=fixed)
+    settings(tmp_path, rules={"ift_prompts": 7}, models=1)  # which has no round, and shows none
 
 
 def take(tmp_path, own, *prompts):
