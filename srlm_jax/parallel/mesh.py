@@ -59,8 +59,8 @@ def keep_programs(folder: str | None) -> None:
 def start(coordinator: str | None, processes: int | None, process: int | None, timeout_s: int) -> None:
     """Joins this process to the others of the job, before any other JAX call.
 
-    A process whose others do not come within `timeout_s` says so in a line and exits with status 1: what waits for
-    them heeds no exception, and ends by a crash of its own.
+    If the others do not connect within `timeout_s`, the process prints a line and exits with status 1. No exception is
+    raised: jax would ignore it while it waits, and crash at its end.
 
     Args:
       coordinator: None: this process is the whole job. "auto": the TPU slices, Slurm or Open MPI that it runs under

@@ -107,7 +107,7 @@ class Ledger:
                 if hosts.is_main():
                     jsonl.write_json(self._path(stage), known)
                 self.after(stage)
-            hosts.barrier(f"{stage}: done")  # whoever goes on finds all files
+            hosts.barrier(f"{stage}: done")  # the next stage finds all files
         digest = hashlib.sha256(json.dumps([identity, known["model"]], sort_keys=True).encode())
         self._identity[stage] = digest.hexdigest()[:16]
 

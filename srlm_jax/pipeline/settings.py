@@ -53,9 +53,9 @@ class ModelSettings(LlamaConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedData:
     """Where the human data come from: the embedded world (nothing is given), an Open Assistant export, or three sources
-    of one's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`.
+    of the user's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`.
 
-    Judging examples of one's own (`eft`) take the place of ranked prompts for training. The SFT baseline then judges
+    Judging examples of the user's own (`eft`) take the place of ranked prompts for training. The SFT baseline then judges
     none; the evaluation still needs its ranked prompts, from trees or from `eft_eval`. With `eft` "ranks" the examples
     are made from the human ranks of the training prompts, for a model that cannot judge yet.
     """
@@ -89,7 +89,7 @@ class SeedData:
 
     @property
     def eft_file(self) -> str | None:
-        """The source of judging examples of one's own, None where there is none."""
+        """The source of judging examples of the user's own, None where there is none."""
         return None if self.eft == FROM_RANKS else self.eft
 
 
@@ -187,7 +187,7 @@ class Settings:
     mesh: MeshShape
     engine: EngineConfig
     endpoint: EndpointConfig  # a server that samples from this run's models, in place of the engine
-    world: WorldRules | None  # None, as the next but one: there is no embedded world, and M0 comes from a folder
+    world: WorldRules | None  # None together with `pretraining`: there is no embedded world, and M0 comes from a folder
     seed_data: SeedData
     pretraining: Pretraining | None
     sft: SupervisedFineTuning

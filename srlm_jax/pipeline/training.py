@@ -84,7 +84,8 @@ def _train_stage(
     config = run.config(*fields, *(() if lora is None else ("lora",)))
     del config[f"config.{part}.train.first_loss_tolerance"]  # it stops a training, and changes none
     run.ledger.run(f"{name}/train", work, config=config, inputs=inputs, outputs=outputs)
-    # The optimizer's moments are twice the model's size, and done with; only now, for half of them is no train state.
+    # The optimizer's moments take twice the model's size and are not needed any more. They are deleted only after the
+    # stage is recorded: a half-deleted train state cannot resume.
     if hosts.is_main():
         shutil.rmtree(folder / "train_state", ignore_errors=True)
 

@@ -108,7 +108,7 @@ class DecodeState:
 
 
 def start(model: Llama, prefix: Level | None, shape: Shape, seed: Array) -> DecodeState:
-    """A state that holds nothing yet."""
+    """A state without any groups yet."""
     config, D, B, X = model.config, shape.data, shape.rows, shape.held_samples
 
     def level(rows: int, slots: int) -> Level:
@@ -274,7 +274,7 @@ def _of_sample(x_X: Array, sample_DB: Array) -> Array:
 
 
 def _read_by_any(level: Level, readers_DX: Array, rows: int) -> Level:
-    """A level whose rows are as good as empty where nobody reads them, so that a kernel passes them by."""
+    """A level in which the rows that no active sample attends to have length 0, so that kernels skip them."""
     read_R = jnp.any((readers_DX < rows).reshape(level.length_R.shape[0], -1), axis=1)
     return dataclasses.replace(level, length_R=jnp.where(read_R, level.length_R, 0))
 
@@ -304,7 +304,7 @@ def decode(
     B, S, D = state.sample_B.shape[0], state.k_LBKSH[0].shape[-2], state.queue_DX.shape[0]
     W = watched_W.shape[0]
     head_DV = model.head()
-    # The arrays that a refill changes: what it leaves alone must not pass through the branch, or would be copied.
+    # The arrays that a refill changes. The others must not pass through the branch, which would copy them.
     names = ("readers_DX", "head_D", "sample_B", "written_B", "last_B", "recent_BM")
 
     def alive(carry):

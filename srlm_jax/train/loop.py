@@ -100,7 +100,7 @@ def train(
         done = 0
         like = TrainState(_shapes(trainable), _shapes(opt_state))
         if checkpoints.any_saved():
-            # Room for what was saved: whoever called may still have a name for what it would have begun with.
+            # The saved state needs their memory, and the caller may still hold references to them.
             for x in jax.tree.leaves((trainable, opt_state)):
                 x.delete()
         restored = checkpoints.restore(like, iterator)
@@ -144,7 +144,7 @@ def train(
             window.append(metrics)
             last = step + 1 == config.steps
             save = (step + 1) % config.checkpoint_every == 0 and not last
-            # Reading metrics waits for the device, so it is done once a window; never is a step saved unread.
+            # Reading metrics waits for the device, so it is done once a window, and before a step is saved.
             if save or last or (step + 1) % config.log_every == 0:
                 window = hosts.fetch(window)
                 means = _mean_of(window, first_step=step + 1 - len(window), done=done)
