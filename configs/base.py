@@ -69,7 +69,7 @@ def endpoint() -> ConfigDict:
 
 
 def seed_data(*, ift_prompts: int, eft_train_prompts: int, eft_eval_prompts: int) -> ConfigDict:
-    """Where the human data come from: an Open Assistant export, or three sources of the user's own; `eft` beside either."""
+    """Where the human data come from: an Open Assistant export, or the user's three sources; `eft` beside either."""
     c = ConfigDict({"rules": {"lang": "en", "min_ranked": 2, **locals()}})
     for source in ("trees", "eft", "ift", "eft_train", "eft_eval"):
         c[source] = config_dict.placeholder(str)

@@ -55,9 +55,9 @@ class SeedData:
     """Where the human data come from: the embedded world (nothing is given), an Open Assistant export, or three sources
     of the user's own, each a path or a "tfds:" name as in `srlm_jax.storage.rows`.
 
-    Judging examples of the user's own (`eft`) take the place of ranked prompts for training. The SFT baseline then judges
-    none; the evaluation still needs its ranked prompts, from trees or from `eft_eval`. With `eft` "ranks" the examples
-    are made from the human ranks of the training prompts, for a model that cannot judge yet.
+    Judging examples of the user's own (`eft`) take the place of ranked prompts for training. The SFT baseline then
+    judges none; the evaluation still needs its ranked prompts, from trees or from `eft_eval`. With `eft` "ranks" the
+    examples are made from the human ranks of the training prompts, for a model that cannot judge yet.
     """
 
     trees: Text | None  # of Open Assistant: see `srlm_jax.data.oasst`
