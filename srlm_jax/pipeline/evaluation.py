@@ -69,7 +69,6 @@ def evaluate(run: Run, name: str) -> None:
         "responses",
         "context_length",
         "logprob_chunk",
-        "length_multiple",
         "reference_batch",
         *run.SAMPLING,
         *([] if run.embedded else ["validation"]),

@@ -1,13 +1,14 @@
 """The loss of human answers under a model of the run."""
 
-from srlm_jax.data import batches
+import numpy as np
+
 from srlm_jax.data.batches import Row
 from srlm_jax.evaluate.likelihood import likelihood_metrics
 from srlm_jax.pipeline.run import Run
 from srlm_jax.pipeline.training import example_row
 from srlm_jax.records import Metric, RankedPrompt
 from srlm_jax.storage import jsonl
-from srlm_jax.train.first_step import row_logprobs
+from srlm_jax.train.first_step import row_length, row_logprobs
 
 
 def human_loss(run: Run, name: str) -> dict[str, Metric]:
@@ -24,9 +25,12 @@ def human_loss(run: Run, name: str) -> dict[str, Metric]:
 
 def _logprobs(run: Run, name: str, rows: list[Row]) -> list[float]:
     """The log-probability of each row's answer, in nats."""
-    if not rows:
-        return []
-    s = run.settings
-    length = batches.padded_length([row.length for row in rows], s.length_multiple)
-    found = row_logprobs(run.to_train(name), rows, length, s.reference_batch, s.logprob_chunk, run.train_mesh)
+    s, found = run.settings, np.zeros(len(rows))
+    # Rows of like length together: most answers are much shorter than the longest.
+    lengths = np.asarray([row_length(row.length) for row in rows])
+    for length in sorted(set(lengths.tolist())):
+        places = np.flatnonzero(lengths == length)
+        own = [rows[place] for place in places]
+        model = run.to_train(name)
+        found[places] = row_logprobs(model, own, length, s.reference_batch, s.logprob_chunk, run.train_mesh)
     return found.tolist()

@@ -22,7 +22,7 @@ from srlm_jax.parallel import hosts, rules
 from srlm_jax.train.objectives import compiled_logprobs
 
 COARSE = 10  # see `FirstStep`
-_SHORTEST = 64  # positions of the rows; longer ones have a power of two, so that few programs are compiled
+_SHORTEST = 64  # positions of the shortest rows
 
 
 class BadFirstStep(UserError):
@@ -113,9 +113,13 @@ class FirstStep:
             )
 
     def _logprobs(self, model: Llama, documents: Sequence[Row], mesh: jax.sharding.Mesh) -> np.ndarray:
-        longest = max(row.length for row in documents)
-        length = max(_SHORTEST, 1 << (longest - 1).bit_length())
+        length = row_length(max(row.length for row in documents))
         return row_logprobs(model, documents, length, self.rows, self.logprob_chunk, mesh)
+
+
+def row_length(positions: int) -> int:
+    """The length of a row that holds so many positions: a power of two, so that few programs are compiled."""
+    return max(_SHORTEST, 1 << (positions - 1).bit_length())
 
 
 def row_logprobs(
