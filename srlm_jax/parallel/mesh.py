@@ -82,7 +82,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
         join = {}
     else:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise BadInput(f"{who}: give HOST:PORT of process 0, or auto on TPU slices and under Slurm")
         if processes is None or process is None or not 0 <= process < processes:
             raise BadInput(

@@ -67,9 +67,10 @@ def stages(s: Settings, data: int) -> list[Stage]:
     evaluated = s.seed_data.rules.eft_eval_prompts * RANKED_ANSWERS / s.responses.samples
     evaluation = Stage("evaluation", sampling("judgements", evaluated, JUDGEMENT, s.judging.max_new_tokens))
     if s.models == 1:
+        judging = Stage("EFT judgements", sampling("judgements", ranked, JUDGEMENT, s.judging.max_new_tokens))
         return [
             Stage("SFT baseline", {"SFT step": s.sft.train.steps, "reshard": 1}),
-            Stage("EFT judgements", sampling("judgements", ranked, JUDGEMENT, s.judging.max_new_tokens)),
+            *([judging] if ranked else []),
             Stage("SFT of M1", {"SFT step": s.sft.train.steps, "reshard": 1}),
             evaluation,
         ]
@@ -84,10 +85,11 @@ def stages(s: Settings, data: int) -> list[Stage]:
         )
     answers = 2 * prompts * PAIRS_PER_PROMPT
     rows = programs.packed_rows(s, answers, ANSWERED) if s.packed else answers
+    judging = Stage("judgements", sampling("judgements", prompts, JUDGEMENT, s.judging.max_new_tokens))
     return [
         *found,
         Stage("responses", sampling("responses", prompts, ANSWER, s.responses.max_new_tokens)),
-        Stage("judgements", sampling("judgements", prompts, JUDGEMENT, s.judging.max_new_tokens)),
+        *([judging] if s.judging.endpoint.url is None else []),
         Stage("reference", {"reference": rows / s.reference_batch}),
         Stage("DPO", {"DPO step": s.dpo.train.steps, "reshard": 1}),
         evaluation,

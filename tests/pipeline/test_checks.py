@@ -120,6 +120,7 @@ BAD = [
     ({"validation.endpoint.url": "http://localhost:9/v1", "validation.endpoint.model": "judge"}, "config.validation.e"),
     ({"processes": 2}, "config.coordinator is None: config.processes and config.process belong to"),
     ({"coordinator": "here"}, "config.coordinator is here: give HOST:PORT"),
+    ({"coordinator": "here:65536", "processes": 2, "process": 0}, "config.coordinator is here:65536: give HOST:PORT"),
     ({"workdir": " "}, "config.workdir is ' ': it must not be blank"),
     ({"workdir": "prompts.jsonl/run"}, "config.workdir "),
 ]

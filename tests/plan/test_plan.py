@@ -126,7 +126,13 @@ def test_stages_follow_the_numbers_of_the_configuration():
     assert found["responses"]["decode, responses"] == 8_000 * 4 * 400 / (64 * s.engine.steps)
     own = dataclasses.replace(s, self_instruction=dataclasses.replace(s.self_instruction, prompts_file="prompts.jsonl"))
     assert "new prompts" not in {stage.name for stage in stages.stages(own, 16)}
-    assert stages.stages(settings("llama2_7b", models=1), 16)[0].name == "SFT baseline"
+    one = settings("llama2_7b", models=1)
+    assert [stage.name for stage in stages.stages(one, 16)][:2] == ["SFT baseline", "EFT judgements"]
+    ranks = dataclasses.replace(one, seed_data=dataclasses.replace(one.seed_data, eft="ranks"))
+    assert [stage.name for stage in stages.stages(ranks, 16)][:2] == ["SFT baseline", "SFT of M1"]
+    server = dataclasses.replace(s.judging.endpoint, url="http://localhost:9/v1", model="judge")
+    outside = dataclasses.replace(s, judging=dataclasses.replace(s.judging, endpoint=server))
+    assert "judgements" not in {stage.name for stage in stages.stages(outside, 16)}
 
 
 # --- what the compiler says -------------------------------------------------------------------------------------------
