@@ -110,7 +110,10 @@ def generate(
                 continue
             requests = [Request(id=p.id, prompts=(p.text,), chat=chat_format != _CONTINUE) for p in part]
             jsonl.write(jsonl.shard(parts, index), _answers(part, source(requests, params, report)))
-    jsonl.write(output, jsonl.read(parts, Responses))
+    answers = jsonl.read(parts, Responses)
+    if [answer.id for answer in answers] != [prompt.id for prompt in asked]:
+        raise BadInput(f"{parts} does not hold a line for each prompt: a file in it is damaged; remove the folder")
+    jsonl.write(output, answers)
     parts.rmtree()
 
 
@@ -171,18 +174,20 @@ def _answers(prompts: Sequence[Prompt], drawn: Sequence[Sequence[tuple]]) -> lis
 
 
 def _go_on(parts: epath.Path, facts: dict[str, object], shard_prompts: int) -> int:
-    """Notes what a begun output is made of, or checks that it is being made of the same; returns the prompts of a file,
-    which stay those that it was begun with.
+    """Notes what an output is made of, or checks that one of which parts are done is made of the same; returns the
+    prompts of a part, as many as in those.
 
     Raises:
-      BadInput: names what has changed.
+      BadInput: names what has changed, or the note is gone or damaged.
     """
     note = parts / "arguments.json"
-    if not note.exists():
+    if not jsonl.shards_done(parts):
         parts.mkdir(parents=True, exist_ok=True)
         jsonl.write_json(note, facts | {"shard_prompts": shard_prompts})
         return shard_prompts
-    known = jsonl.read_json(note)
+    known = jsonl.read_json(note) if note.exists() else None
+    if not isinstance(known, dict) or "shard_prompts" not in known:
+        raise BadInput(f"{parts} holds a begun output, and {note.name} not what it is made of: remove the folder")
     changed = [name for name in facts if known.get(name) != facts[name]]
     if changed:
         raise BadInput(

@@ -60,6 +60,7 @@ def run(folder, output, params=DRAWN, prompts="prompts.jsonl", **changes):
         "engine": EngineConfig(rows=4, steps=2, weights=None, cache=None),
     } | changes  # fmt: skip
     generate(folder, folder.parent / prompts, folder.parent / output, params=params, **arguments)
+    return jsonl.read(folder.parent / output, Responses)
 
 
 def said_of(folder, error, **places):
@@ -71,7 +72,6 @@ def said_of(folder, error, **places):
             engine=EngineConfig(rows=4, steps=2, weights=None, cache=None),
         )  # fmt: skip
     return str(raised.value)
-    return jsonl.read(folder.parent / output, Responses)
 
 
 def test_a_model_from_a_folder_is_rounded_as_the_engine_says(folder, one_device):
@@ -152,6 +152,49 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_file(folder, monkeypatch
     monkeypatch.setattr(jsonl, "write", lambda path, records: (made.append(path), write(path, records)))
     assert run(folder, "again.jsonl") == whole
     assert not set(made) & set(written)  # what was there was not made again
+
+
+@pytest.fixture
+def begun(folder, monkeypatch):
+    """The parts of an output "out.jsonl" that was killed before its last part."""
+    write = jsonl.write
+
+    def killed(path, records):
+        if len(jsonl.shards_done(path.parent)) == 2:
+            raise KeyboardInterrupt
+        write(path, records)
+
+    monkeypatch.setattr(jsonl, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "out.jsonl")
+    monkeypatch.undo()
+    return folder.parent / ".out.jsonl.parts"
+
+
+@pytest.mark.parametrize("damage", [None, "[1]", "{}"])
+def test_parts_of_which_nothing_is_known_are_not_gone_on_with(folder, begun, damage):
+    note = begun / "arguments.json"
+    note.unlink() if damage is None else note.write_text(damage)
+    with pytest.raises(BadInput, match=r"holds a begun output, and arguments\.json not what it is made of: remove the"):
+        run(folder, "out.jsonl")
+
+
+def test_a_part_that_lost_a_line_is_noticed(folder, begun):
+    part = begun / "00000.jsonl"
+    part.write_text(part.read_text().split("\n")[0] + "\n")
+    with pytest.raises(
+        BadInput, match=r"\.out\.jsonl\.parts does not hold a line for each prompt: a file in it is dama"
+    ):
+        run(folder, "out.jsonl")
+    assert not (folder.parent / "out.jsonl").exists()
+
+
+def test_where_no_part_is_done_the_arguments_may_change(folder, begun):
+    for index in jsonl.shards_done(begun):
+        jsonl.shard(begun, index).unlink()
+    run(folder, "out.jsonl", seed=3)
+    run(folder, "other.jsonl", seed=3)
+    assert (folder.parent / "out.jsonl").read_text() == (folder.parent / "other.jsonl").read_text()
 
 
 def test_an_output_goes_on_with_the_parts_it_was_begun_with(folder, monkeypatch):
