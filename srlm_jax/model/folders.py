@@ -90,7 +90,9 @@ def _instead_of_model(folder: epath.Path) -> str:
         path.parent for mark in MARKS.values() for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}")
     )
     if inner:
-        return f"the model is in {listed(dict.fromkeys(map(str, inner)), ' or ')}; give that folder"
+        inner = list(dict.fromkeys(map(str, inner)))  # whole: a path that is cut cannot be given
+        more = f" or {len(inner) - 3} more" if len(inner) > 3 else ""
+        return f"the model is in {' or '.join(inner[:3])}{more}; give that folder"
     if "weights" in names:
         return "weights/ is there without manifest.json, an unfinished checkpoint; run what makes it again"
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt"))]
