@@ -73,8 +73,13 @@ def render(template: str, messages: Sequence[Message], tokens: Mapping[str, str]
     try:
         made = environment.from_string(template)
         given = {"messages": [dict(m) for m in messages], "tools": None, "documents": None, **tokens}
-        return _within_limits(lambda: made.render(add_generation_prompt=True, **given))
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        text = _within_limits(lambda: made.render(add_generation_prompt=True, **given))
+        text.encode()  # no tokenizer takes half a character
+        return text
+    # A SyntaxError is one of the Python program that Jinja makes of the template.
+    except (
+        jinja2.TemplateError, SyntaxError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError
+    ) as error:  # fmt: skip
         raise BadInput(f"{type(error).__name__}: {error}") from error
     except (MemoryError, RecursionError) as error:
         raise BadInput(f"it is too large ({type(error).__name__})") from error

@@ -201,6 +201,11 @@ HOSTILE = {
     "zero": "{{ 1 / 0 }}",
     "index": "{{ messages[7].content.x }}",
     "syntax": "{% for %}",
+    "nested loops": "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
+    "nested conditions": "{% if true %}" * 120 + "{% endif %}" * 120,
+    "no loop": "{% break %}",
+    "twice": "{{ dict(a=1, a=2) }}",
+    "half a character": "Hi \ud83d",
 }
 
 
