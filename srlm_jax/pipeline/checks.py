@@ -3,6 +3,8 @@
 Nothing is written and no stage is removed until all of it has passed.
 """
 
+from collections.abc import Collection
+
 from etils import epath
 
 from srlm_jax.judge import rubric as rubrics
@@ -17,8 +19,11 @@ from srlm_jax.text import chat, self_instruct
 from srlm_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
 
-def check(run: Run) -> None:
+def check(run: Run, removed: Collection[str]) -> None:
     """Refuses a run that would fail later.
+
+    Args:
+      removed: stages that are going to be made again, done as they may be.
 
     Raises:
       BadConfig: a file cannot be read, a folder holds no model, or prompts do not fit the model; with the field's name.
@@ -26,13 +31,18 @@ def check(run: Run) -> None:
     """
     report.template()
     check_lengths(run)
-    check_sources(run)
-    check_model(run)
+    check_sources(run, removed)
+    check_model(run, removed)
     check_writer(run)
-    check_servers(run)
+    check_servers(run, removed)
 
 
-def check_model(run: Run) -> None:
+def _stays(run: Run, stage: str, removed: Collection[str]) -> bool:
+    """Whether a stage is done and not to be made again."""
+    return run.ledger.done(stage) and stage not in removed
+
+
+def check_model(run: Run, removed: Collection[str]) -> None:
     """Refuses weights in config.model.path that could not be loaded, as far as the headers of their files tell. Once M0
     has been made of them they are not needed.
 
@@ -40,12 +50,12 @@ def check_model(run: Run) -> None:
       BadConfig: says what is wrong with them.
     """
     path = run.settings.model.path
-    if path is not None and not (run.workdir / "m0" / "checkpoint" / "manifest.json").exists():
+    if path is not None and not _stays(run, "m0/train", removed):
         with naming("config.model.path"):
             weights.check(path, run.settings.model.llama)
 
 
-def check_sources(run: Run) -> None:
+def check_sources(run: Run, removed: Collection[str]) -> None:
     """Reads the files that the configuration names. Human data that the finished stage "seed" has read are not read
     again.
 
@@ -53,8 +63,8 @@ def check_sources(run: Run) -> None:
       BadConfig: a file cannot be read or used; the message has its field.
     """
     s = run.settings
-    config, entry = seeding.seed_config(run), run.ledger.entry("seed")
-    read = entry is not None and entry["status"] == "done" and entry["config"] == config
+    config = seeding.seed_config(run)
+    read = _stays(run, "seed", removed) and run.ledger.entry("seed")["config"] == config
     if not read and (s.seed_data.trees is not None or s.seed_data.ift is not None):
         seeding.read_seed(run)
     if s.seed_data.eft_file is not None:
@@ -89,7 +99,7 @@ def check_writer(run: Run) -> None:
         check_vocabulary(load_tokenizer(writer), sizes.V)
 
 
-def check_servers(run: Run) -> None:
+def check_servers(run: Run, removed: Collection[str]) -> None:
     """Asks each server of this run for something short, as its stages will; the server of the run's own models only
     whether it is there and takes the key, since none of them may be served yet. A finished run may need no server any
     more: only the keys are looked for.
@@ -99,8 +109,7 @@ def check_servers(run: Run) -> None:
       MissingExtra: the package that asks servers is missing.
     """
     s, writer = run.settings, run.settings.self_instruction
-    last = run.ledger.entry(f"m{s.models}/eval")
-    ask = last is None or last["status"] != "done"
+    ask = not _stays(run, f"m{s.models}/eval", removed)
     if s.endpoint.url is not None:
         generate = EndpointGenerate(s.endpoint, "config.endpoint")
         if ask:

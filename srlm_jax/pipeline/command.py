@@ -51,7 +51,7 @@ def run_command(config: Mapping, redo: str | None, given: Sequence[str] = ()) ->
     mesh.start(settings.coordinator, settings.processes, settings.process, settings.start_timeout_s)
     with hosts.together("start"):
         run = make_run(settings, srlm_jax.__version__)
-        checks.check(run)
+        checks.check(run, [] if redo is None else run.ledger.dependents(redo))
         open_workdir(run.workdir)
         tells = hosts.is_main()  # one process prints, and writes what is one file
         if tells and not run.embedded:

@@ -160,9 +160,14 @@ class Ledger:
             if any(key == field or key.startswith(f"{field}.") for key in entry["config"])
         ]
 
-    def redo(self, stages: str) -> list[str]:
-        """Removes stages ("m2/pairs", or several with commas between) and every stage that depends on one of them, with
-        their files; returns their names. All processes of a job call it, and the first one removes.
+    def done(self, stage: str) -> bool:
+        """Whether a stage is done, by whatever configuration."""
+        entry = self.entry(stage)
+        return entry is not None and entry["status"] == "done"
+
+    def dependents(self, stages: str) -> list[str]:
+        """The names of stages ("m2/pairs", or several with commas between) and of every stage that depends on one of
+        them.
 
         Raises:
           BadInput: the workdir has no such stage; the message lists those it has.
@@ -174,6 +179,16 @@ class Ledger:
         stale = set(named)
         while grown := {name for name, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
             stale |= grown
+        return sorted(stale)
+
+    def redo(self, stages: str) -> list[str]:
+        """Removes the `dependents` of `stages` with their files; returns their names. All processes of a job call it,
+        and the first one removes.
+
+        Raises:
+          BadInput: as `dependents` does.
+        """
+        entries, named, stale = self._entries(), stages.split(","), self.dependents(stages)
         hosts.barrier("redo: every process has read what there is")
         if hosts.is_main():
             # Marked first: killed from here on, no stage is taken for done, or for started, with half of its files. The
@@ -183,7 +198,7 @@ class Ledger:
             for name in sorted(stale, key=lambda name: (name in named, name)):
                 self._remove(entries[name])
         hosts.barrier("redo: nothing is left")
-        return sorted(stale)
+        return stale
 
     def _remove(self, entry: dict) -> None:
         for output in entry["outputs"]:

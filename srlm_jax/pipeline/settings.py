@@ -207,7 +207,10 @@ class Settings:
         if self.responses.samples < 2:
             raise BadConfig(f"config.responses.samples is {self.responses.samples}: a pair needs at least 2 responses")
         if self.seed_data.ift is None:
-            self._check_division()
+            prompts = self.seed_data.rules.ift_prompts
+            self.check_demonstrations("config.seed_data.rules.ift_prompts is", prompts)
+            if prompts == 0:
+                raise BadConfig("config.seed_data.rules.ift_prompts is 0: the SFT baseline needs answers to learn from")
         if self.endpoint.url is not None and "{name}" not in (self.endpoint.model or ""):
             raise BadConfig(
                 f"config.endpoint.model is {self.endpoint.model!r}: it must hold {{name}}, which stands for m0, sft, "
@@ -216,18 +219,6 @@ class Settings:
         self._check_judging()
         if self.model.path is not None:
             self._check_given_model()
-
-    def _check_division(self) -> None:
-        """What trees must give."""
-        rules = self.seed_data.rules
-        self.check_demonstrations("config.seed_data.rules.ift_prompts is", rules.ift_prompts)
-        if rules.ift_prompts == 0:
-            raise BadConfig("config.seed_data.rules.ift_prompts is 0: the SFT baseline needs answers to learn from")
-        if rules.eft_train_prompts == 0 and self.seed_data.eft_file is None:
-            raise BadConfig(
-                "config.seed_data.rules.eft_train_prompts is 0: judging is learnt from ranked answers; give some, or "
-                "examples of your own (config.seed_data.eft)"
-            )
 
     def _check_judging(self) -> None:
         s = self.judging

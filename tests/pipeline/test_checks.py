@@ -98,7 +98,7 @@ BAD = [
     ({"world.held_out": 1}, "config.world.held_out is 1: it must be at least 2"),
     ({"seed_data.rules.ift_prompts": 5}, "config.seed_data.rules.ift_prompts is 5: self-instruction shows 8"),
     ({"seed_data.rules.ift_prompts": 0, "models": 1}, "config.seed_data.rules.ift_prompts is 0: the SFT baseline"),
-    ({"seed_data.rules.eft_train_prompts": 0}, "config.seed_data.rules.eft_train_prompts is 0: judging is learnt"),
+    ({"seed_data.rules.eft_train_prompts": 0}, "config.seed_data.rules.eft_train_prompts is 0, and"),
     ({"seed_data.rules.eft_train_prompts": 0, "seed_data.eft": "ranks"}, "config.seed_data.rules.eft_train_prompts is"),
     ({"seed_data.trees": "missing.jsonl"}, "config.seed_data.trees: "),
     ({"seed_data.trees": "broken.jsonl"}, "config.seed_data.trees: "),
@@ -171,14 +171,14 @@ def test_human_data_that_were_read_are_not_read_again(tree, tmp_path, monkeypatc
     trees.write_text("{}\n")
     run = make_run(read(put(tree, {"seed_data.trees": str(trees)})), "test")
     with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees: .*trees\.jsonl:1"):
-        checks.check_sources(run)
+        checks.check_sources(run, [])
     entry = {"status": "done", "stage": "seed", "inputs": {}, "outputs": ["seed"], "code": "test"}
     entry |= {"config": checks.seeding.seed_config(run)}
     jsonl.write_json(epath.Path(tmp_path) / "run" / "ledger" / "seed.json", entry)
-    checks.check_sources(run)
+    checks.check_sources(run, [])
     trees.write_text('{"changed": 1}\n')
     with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees: .*trees\.jsonl:1"):
-        checks.check_sources(run)
+        checks.check_sources(run, [])
 
 
 def test_human_data_are_read_again_where_they_are_divided_otherwise(tree, tmp_path):
@@ -190,9 +190,9 @@ def test_human_data_are_read_again_where_they_are_divided_otherwise(tree, tmp_pa
     entry = {"status": "done", "stage": "seed", "inputs": {}, "outputs": ["seed"], "code": "test"}
     entry |= {"config": checks.seeding.seed_config(before)}
     jsonl.write_json(epath.Path(tmp_path) / "run" / "ledger" / "seed.json", entry)
-    checks.check_sources(before)
+    checks.check_sources(before, [])
     with pytest.raises(BadConfig, match=r"^config\.seed_data\.trees: .*trees\.jsonl:1"):
-        checks.check_sources(make_run(read(put(tree, {"seed_data.rules.eft_eval_prompts": 4})), "test"))
+        checks.check_sources(make_run(read(put(tree, {"seed_data.rules.eft_eval_prompts": 4})), "test"), [])
 
 
 def test_servers_are_asked_until_the_last_model_is_evaluated(tree, tmp_path, monkeypatch):
@@ -204,12 +204,14 @@ def test_servers_are_asked_until_the_last_model_is_evaluated(tree, tmp_path, mon
     server = {"judging.endpoint.url": "http://localhost:9/v1", "judging.endpoint.model": "judge"}
     run = make_run(read(put(tree, server)), "test")
     jsonl.write_json(epath.Path(tmp_path) / "run" / "results.json", {})
-    checks.check_servers(run)
+    checks.check_servers(run, [])
     assert asked == ["config.judging.endpoint"]
     entry = {"status": "done", "stage": "m2/eval", "inputs": {}, "outputs": ["m2/eval"], "config": {}, "code": "test"}
     jsonl.write_json(epath.Path(tmp_path) / "run" / "ledger" / "m2.eval.json", entry)
-    checks.check_servers(run)
+    checks.check_servers(run, [])
     assert asked == ["config.judging.endpoint"]
+    checks.check_servers(run, ["m2/eval"])  # which --redo is about to remove
+    assert asked == ["config.judging.endpoint"] * 2
 
 
 # --- fields without effect --------------------------------------------------------------------------------------------

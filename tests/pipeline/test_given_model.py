@@ -190,11 +190,11 @@ def test_a_damaged_folder_is_named_by_its_field_and_leaves_no_model(config, stor
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
     run = open_run(config(model__path=str(copy)))
     with pytest.raises(BadConfig, match=r"^config\.model\.path: .*model\.safetensors is no whole safetensors file"):
-        checks.check(run)
+        checks.check(run, [])
     assert not (tmp_path / "run").exists()
     (copy / "model.safetensors").write_bytes(data[:-4] + b"\xff\xff\xff\x7f")  # a NaN, which is seen by reading alone
     run = open_run(config(model__path=str(copy)))
-    checks.check(run)
+    checks.check(run, [])
     with pytest.raises(BadConfig, match=r"^config\.model\.path: .* holds numbers that are no weights"):
         training.make_base(run)
     assert not (tmp_path / "run" / "m0").exists()
@@ -205,7 +205,9 @@ def test_the_folder_s_weights_are_not_needed_once_m0_is_there(config, stories260
     training.make_base(open_run(config(model__path=str(copy))))
     (copy / "model.safetensors").unlink()
     run = open_run(config(model__path=str(copy)))
-    checks.check(run)
+    checks.check(run, [])
+    with pytest.raises(BadConfig, match=r"^config\.model\.path: "):
+        checks.check(run, ["m0/train"])  # which --redo is about to remove
     training.make_base(run)
 
 
@@ -257,7 +259,7 @@ def test_a_tokenizer_of_another_model_is_refused(config, stories260k, llama2_fol
 def test_a_key_that_is_not_there_is_missed_before_anything_is_trained(config, server, monkeypatch):
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(EndpointError, match="NO_KEY"):
-        checks.check_servers(open_run(config(endpoint=served(server, "{name}") | {"key_variable": "NO_KEY"})))
+        checks.check_servers(open_run(config(endpoint=served(server, "{name}") | {"key_variable": "NO_KEY"})), [])
 
 
 @pytest.mark.parametrize(
@@ -274,19 +276,19 @@ def test_a_server_that_cannot_be_used_is_missed_before_anything_is_trained(confi
     server.models = Reply({"error": "who?"}, 401)
     changes = changes | {field.replace(".", "__"): served(server, "{name}")}
     with pytest.raises(EndpointError, match=rf"^config\.{field} \(http://.*: HTTP 40[14]"):
-        checks.check_servers(open_run(config(**changes)))
+        checks.check_servers(open_run(config(**changes)), [])
 
 
-def test_a_run_that_has_its_results_asks_no_server_at_the_start(config, server, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text("{}")
+def test_a_finished_run_asks_no_server_at_the_start(config, server):
     servers = {"endpoint": served(server, "{name}"), "self_instruction__endpoint": served(server, "writer")}
-    checks.check_servers(open_run(config(**servers)))
+    run = open_run(config(**servers))
+    run.ledger.run(f"m{run.settings.models}/eval", lambda: Outcome({}, None), config={}, inputs=(), outputs=())
+    checks.check_servers(open_run(config(**servers)), [])
     assert server.asked == []
 
 
 def test_a_server_that_no_round_needs_is_not_asked(config, server):
-    checks.check_servers(open_run(config(models=1, self_instruction__endpoint=served(server, "writer"))))
+    checks.check_servers(open_run(config(models=1, self_instruction__endpoint=served(server, "writer"))), [])
     assert server.asked == []
 
 
@@ -318,11 +320,11 @@ def test_a_generator_that_cannot_be_read_is_missed_before_anything_is_made(
     ):
         run = open_run(config(self_instruction__generator=str(writer)))
         with pytest.raises(BadConfig, match=rf"^config\.self_instruction\.generator: {problem}") as raised:
-            checks.check(run)
+            checks.check(run, [])
         assert len(str(raised.value).replace(str(tmp_path), "")) < 400
         assert not (tmp_path / "run").exists()
     # Where nobody asks it, it need not be there.
-    checks.check(open_run(config(models=1, self_instruction__generator=str(cut))))
+    checks.check(open_run(config(models=1, self_instruction__generator=str(cut))), [])
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
@@ -392,7 +394,7 @@ def test_a_writer_need_not_know_the_marks_of_this_run_s_chat_format(config, stor
 
 def test_a_server_stands_in_for_the_writer_alone(config, server):
     run = open_run(config(self_instruction__endpoint=served(server, "chat-70b"), self_instruction__generator=None))
-    checks.check(run)  # which misses no generator
+    checks.check(run, [])  # which misses no generator
     writer = answering._prompt_writer(run, "m1", "m2/prompts")
     assert isinstance(writer, EndpointGenerate)
     assert [path for path, *_ in server.asked] == ["/v1/completions"]  # a look at the server

@@ -290,7 +290,7 @@ def test_judging_examples_that_cannot_be_used_are_named_with_their_field(tmp_pat
     without_score = judging_rows("b")[0] | {"judgement": "fine"}
     own["eft"] = write(tmp_path / "eft", [judging_rows("a")[0], without_score, without_score])
     with pytest.raises(BadConfig, match=r"^config\.seed_data\.eft: .*/eft: 2 of 3 rows cannot be used: no_score 2"):
-        checks.check_sources(open_run(tmp_path / "run", **own))
+        checks.check_sources(open_run(tmp_path / "run", **own), [])
     write(own["eft"], [*judging_rows("train"), without_score])
     counts = take_eft(tmp_path / "run", **own).ledger.entry("eft/examples")["counts"]
     assert (counts["rows"], counts["examples"], counts["no_score"]) == (1, 1, 1)

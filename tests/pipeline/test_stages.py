@@ -189,7 +189,7 @@ def test_the_world_and_its_split_are_counted(tmp_path):
 
 def test_a_judge_prompt_that_cannot_fit_stops_before_training(tmp_path):
     with pytest.raises(BadConfig) as raised:
-        checks.check(open_run(tmp_path, context_length=100))
+        checks.check(open_run(tmp_path, context_length=100), [])
     for field in ("context_length", "max_prompt_tokens", "responses.max_new_tokens", "judging.max_new_tokens"):
         assert f"config.{field}" in str(raised.value)
     assert not (tmp_path / "m0").exists()
@@ -504,7 +504,7 @@ def test_completions_without_an_instruction_stop_with_advice(tmp_path, speak):
 def test_a_generator_that_is_nowhere_is_named(tmp_path):
     run = open_run(tmp_path, self_instruction__generator="/no/such/model")
     with pytest.raises(BadConfig, match=r"^config\.self_instruction\.generator: '/no/such/model' is neither"):
-        checks.check(run)
+        checks.check(run, [])
 
 
 def test_no_vote_is_told_apart_from_all_reasons():
