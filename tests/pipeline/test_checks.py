@@ -123,6 +123,13 @@ BAD = [
     ({"coordinator": "here:65536", "processes": 2, "process": 0}, "config.coordinator is here:65536: give HOST:PORT"),
     ({"workdir": " "}, "config.workdir is ' ': it must not be blank"),
     ({"workdir": "prompts.jsonl/run"}, "config.workdir "),
+    ({"workdir": "https://host/run"}, "config.workdir: https://host/run is an address and no path"),
+    (
+        {"model.path": "https://host/model", "seed_data.trees": "prompts.jsonl"},
+        "config.model.path: https://host/model is an address and no path",
+    ),
+    ({"self_instruction.generator": "file:///model"}, "config.self_instruction.generator: file:///model is an address"),
+    ({"self_instruction.prompts_file": "https://h/x"}, "config.self_instruction.prompts_file: https://h/x is an addre"),
 ]
 
 
