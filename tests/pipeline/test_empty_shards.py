@@ -74,7 +74,7 @@ stage(answering.respond, run, "m2", "m1")
 stage(judging.judge_responses, run, "m2", "m1")
 stage(training.reference_logprobs, run, "m2", "m1")
 stage(answering.create_prompts, run, "m3", "m1")
-nothing = judging.judge_all(run, "m1", "none", [], "none")
+nothing = judging.judge_all(run, "m1", "none", [], "none", by_expected=False)
 print(process, nothing, *sorted(written), file=sys.stderr)
 """
 

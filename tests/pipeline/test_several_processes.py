@@ -87,19 +87,38 @@ def two(run, tmp_path_factory):
 
 
 def records(workdir):
-    """The bytes of every file of records, by name, but for those that hold computed floats."""
+    """The documents of every file of records, by name, but for those that hold computed floats; an expected score, which
+    is computed too, is left out."""
     names = {path: path.relative_to(workdir) for path in workdir.rglob("*.jsonl")}
     computed = {"metrics.jsonl", "reference"}
-    return {str(name): path.read_bytes() for path, name in names.items() if not computed & {*name.parts}}
+    read = lambda path: [json.loads(line, object_hook=drawn) for line in path.read_text().splitlines()]
+    return {str(name): read(path) for path, name in names.items() if not computed & {*name.parts}}
+
+
+def drawn(fields):
+    return {name: value for name, value in fields.items() if name != "expected"}
+
+
+def expected_scores(document):
+    """Every expected score of a JSON document, in its order."""
+    if isinstance(document, list):
+        return [score for item in document for score in expected_scores(item)]
+    if not isinstance(document, dict):
+        return []
+    own = [document["expected"]] if document.get("expected") is not None else []
+    return own + expected_scores(list(document.values()))
 
 
 def numbers(workdir):
-    """(name, line, field) -> value, of the losses and of the reference's log-probabilities."""
+    """(name, line, field) -> value, of the losses, the reference's log-probabilities and the expected scores."""
     found = {}
     for path in [*workdir.rglob("metrics.jsonl"), *workdir.rglob("reference/*.jsonl")]:
         for at, line in enumerate(path.read_text().splitlines()):
             fields = {key: value for key, value in json.loads(line).items() if isinstance(value, int | float)}
             found |= {(str(path.relative_to(workdir)), at, key): x for key, x in fields.items() if key not in CLOCK}
+    for path in workdir.rglob("judgements/*.jsonl"):
+        scores = expected_scores([json.loads(line) for line in path.read_text().splitlines()])
+        found |= {(str(path.relative_to(workdir)), at, "expected"): score for at, score in enumerate(scores)}
     return found
 
 
