@@ -87,8 +87,8 @@ def two(run, tmp_path_factory):
 
 
 def records(workdir):
-    """The documents of every file of records, by name, but for those that hold computed floats; an expected score, which
-    is computed too, is left out."""
+    """The documents of every file of records, by name, but for those that hold computed floats. Expected scores, which
+    are computed too, are left out."""
     names = {path: path.relative_to(workdir) for path in workdir.rglob("*.jsonl")}
     computed = {"metrics.jsonl", "reference"}
     read = lambda path: [json.loads(line, object_hook=drawn) for line in path.read_text().splitlines()]
