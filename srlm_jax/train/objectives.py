@@ -17,6 +17,8 @@ from srlm_jax.model.llama import Llama
 from srlm_jax.model.ops import Dropout
 from srlm_jax.train import losses
 
+TIE = 1e-3  # nats; a smaller margin is rounding, as all are in the first step, and counts half in reward_accuracy
+
 
 class Sums(NamedTuple):
     """Totals over a microbatch: divide `loss` and `metrics` by `count`."""
@@ -77,7 +79,7 @@ class DpoObjective:
         kl_N = jnp.expm1(jnp.minimum(drift_N, 20.0)) - drift_N
         metrics = {
             "reward_margin": jnp.sum(self.beta * margin_P),
-            "reward_accuracy": jnp.sum((margin_P > 0) + 0.5 * (margin_P == 0)),
+            "reward_accuracy": jnp.sum(jnp.where(jnp.abs(margin_P) < TIE, 0.5, margin_P > 0)),
             "chosen_logprob": jnp.sum(chosen_P),
             "rejected_logprob": jnp.sum(rejected_P),
             "chosen_drift": jnp.sum(chosen_P - batch.ref_chosen_P),

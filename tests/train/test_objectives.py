@@ -76,6 +76,7 @@ def test_dpo_at_the_reference_is_log_2_a_pair(tiny_llama, logprobs, layout):
     assert abs(sums.loss / 2 - math.log(2)) < 1e-6
     for name in ("reward_margin", "chosen_drift", "rejected_drift", "kl"):
         np.testing.assert_allclose(sums.metrics[name], 0.0, atol=1e-4, err_msg=name)
+    assert sums.metrics["reward_accuracy"] == 1  # half of each pair, whichever way rounding falls
 
 
 @layouts
