@@ -287,7 +287,7 @@ def test_rows_are_hardly_ever_idle(make_llama, one_device, rows, lengths):
 def test_a_look_in_which_no_row_wrote_anything_is_no_error():
     """As where all samples end at their first token, and rows wait for prompts that are still being read."""
     nothing = jnp.full((4, 2), -1)
-    decoded = SimpleNamespace(tokens_BN=nothing, sample_BN=nothing, ended_BN=nothing < -1)
+    decoded = SimpleNamespace(tokens_BN=nothing, sample_BN=nothing, ended_BN=nothing < -1, watched_BNW=None)
     room, told = SimpleNamespace(rows=4, data=2, prompts=1, samples=1, held_samples=8), []
     report = lambda finished, sampled: told.append((finished, sampled))
     assert list(engine._look(decoded, {}, [], GREEDY, room, report, Work())) == []
