@@ -48,7 +48,8 @@ def test_the_notebook_runs_top_to_bottom_from_either_folder(tmp_path, tmp_path_f
     ledger = tmp_path / "runs" / "quickstart" / "ledger"
     times = {path.name: path.stat().st_mtime_ns for path in ledger.iterdir()}
     again = execute(tmp_path, environment)
-    assert printed(again) == printed(first)
+    from_table = lambda outputs: printed(outputs).partition("oracle score")[2]  # evaluations print lines before it
+    assert from_table(again) == from_table(first) != ""
     assert {path.name: path.stat().st_mtime_ns for path in ledger.iterdir()} == times
 
 
