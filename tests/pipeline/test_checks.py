@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from config_trees import put
 from etils import epath
 
 from configs.base import get_config
@@ -21,17 +22,6 @@ from srlm_jax.pipeline.settings import BadConfig, read
 from srlm_jax.storage import jsonl
 
 ROOT = Path(__file__).parents[2]
-
-
-def put(tree, changes):
-    for name, value in changes.items():
-        *parts, last = name.split(".")
-        part = tree
-        for step in parts:
-            part = part[step]
-        assert last in part, name
-        part[last] = value
-    return tree
 
 
 @pytest.fixture

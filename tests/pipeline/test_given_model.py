@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from completions_server import Reply, Server, serving
+from config_trees import put
 from etils import epath
 
 from configs.base import SCALES, get_config
@@ -33,18 +34,6 @@ from srlm_jax.text.chat import LLAMA2, encode_prompt
 ROOT = Path(__file__).parents[2]
 LIGHT = {f"{part}__train__batch_size": 2 for part in ("sft", "dpo")}
 GREEDY = SamplingParams(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=12, stop=())
-
-
-def put(tree, **changes):
-    """Changes fields of a config's tree; two underscores stand for a dot, and of two changes the last counts."""
-    for name, value in changes.items():
-        *parts, last = name.split("__")
-        part = tree
-        for step in parts:
-            part = part[step]
-        assert last in part, name
-        part[last] = value
-    return tree
 
 
 @pytest.fixture
@@ -81,7 +70,7 @@ def config(few):
     """`config(dpo__beta=0.2)`: a config's tree with these fields changed besides."""
 
     def make(models=3, **changes):
-        return put(get_config("llama2_7b", models).to_dict(), **few | changes)
+        return put(get_config("llama2_7b", models).to_dict(), few | changes)
 
     return make
 
@@ -216,7 +205,7 @@ def test_the_folder_s_weights_are_not_needed_once_m0_is_there(config, stories260
 
 @pytest.mark.parametrize("scale", [scale for scale in SCALES if scale not in ("tiny", "smoke")])
 def test_without_a_folder_the_scale_says_what_it_wants(scale, tmp_path):
-    tree = put(get_config(scale, 1).to_dict(), workdir=str(tmp_path / "run"))
+    tree = put(get_config(scale, 1).to_dict(), {"workdir": str(tmp_path / "run")})
     with pytest.raises(BadConfig, match=r"^config\.model\.path is not given"):
         open_run(tree)
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from config_trees import put
 
 from configs.base import get_config
 from srlm_jax.data import world
@@ -38,14 +39,7 @@ class Killed(BaseException):
 
 def open_run(workdir, **changes):
     """A run of the smoke scale; `changes` are of the config, dots written as two underscores."""
-    tree = get_config("smoke", 2).to_dict() | {"workdir": str(workdir)}
-    for name, value in changes.items():
-        *parts, last = name.split("__")
-        part = tree
-        for step in parts:
-            part = part[step]
-        assert last in part
-        part[last] = value
+    tree = put(get_config("smoke", 2).to_dict(), {"workdir": str(workdir)} | changes)
     return make_run(read(tree), "test")
 
 
