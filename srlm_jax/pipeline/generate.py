@@ -118,10 +118,8 @@ class ModelGenerate:
             left_out = self.chat_format.begin_response
         text = whole.removeprefix(left_out)
         # The engine compares tokens, and a stop string's first letters may be in a token with those before it.
-        cuts = [text.index(string) + len(string) for string in stop if string in text]
-        completion = Completion(
-            text=text[: min(cuts, default=len(text))], tokens=len(sample.ids), finished=sample.finished or bool(cuts)
-        )
+        text, found = chat.until_stop(text, stop)
+        completion = Completion(text=text, tokens=len(sample.ids), finished=sample.finished or found)
         if sample.watched_TW is None:
             return completion
         return WatchedCompletion(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from srlm_jax.records import Completion
+from srlm_jax.text.chat import until_stop
 
 # Any other reason means that the text is not whole: "length", "content_filter", "error", "abort", null, "tool_calls"
 # (no tools are offered, so the text stops where the call begins).
@@ -74,7 +75,7 @@ def read_answer(body: bytes, chat: bool, stop: Sequence[str]) -> Answer | Failur
     total = _count(usage.get("completion_tokens") if isinstance(usage, dict) else None) or 0
     completions = []
     for (text, ended), tokens in zip(read, _shares(total, [len(text) for text, _ in read]), strict=True):
-        text, found = _cut(text, stop)
+        text, found = until_stop(text, stop)
         completions.append(Completion(text=text, tokens=tokens, finished=found or ended))
     return Answer(completions=tuple(completions), silence=_silence(choices, completions))
 
@@ -186,12 +187,6 @@ def _texts(content: object) -> list[str] | None:
             return None
         texts.append(part)
     return texts
-
-
-def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Text up to and with the first stop string, and whether there is one."""
-    cuts = [text.index(string) + len(string) for string in stop if string in text]
-    return text[: min(cuts, default=len(text))], bool(cuts)
 
 
 def _silence(choices: list, completions: Sequence[Completion]) -> Failure | None:

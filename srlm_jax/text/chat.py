@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import re
+from collections.abc import Sequence
 
 from srlm_jax.errors import BadInput
 from srlm_jax.text.tokenizer import Tokenizer
@@ -287,6 +288,12 @@ def begin_ids(tokenizer: Tokenizer, chat: ChatFormat) -> tuple[int, ...]:
 def end_of_response(tokenizer: Tokenizer, chat: ChatFormat) -> int:
     """The token that ends an answer: Llama-3's is another than the one that ends a document."""
     return tokenizer.eos if chat.end is None else tokenizer.control(chat.end)
+
+
+def until_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text up to and with the first stop string, and whether there is one."""
+    ends = [text.index(string) + len(string) for string in stop if string in text]
+    return text[: min(ends, default=len(text))], bool(ends)
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
