@@ -248,7 +248,7 @@ def smoke() -> ConfigDict:
     c.engine.rows = 96
     c.world.update({"documents": 3_000, "trees": 200, "replies": (2, 3), "held_out": 48})
     c.seed_data.rules.update({"ift_prompts": 100, "eft_train_prompts": 60, "eft_eval_prompts": 24})
-    c.pretraining.train.update({"steps": 160, "batch_size": 16, "checkpoint_every": 50})
+    c.pretraining.train.update({"steps": 80, "batch_size": 8, "checkpoint_every": 50})
     c.pretraining.train.optimizer.update({"learning_rate": 6e-3, "end_learning_rate": 6e-4, "warmup_steps": 20})
     c.sft.train.update({"steps": 20, "batch_size": 16, "checkpoint_every": 10})
     c.self_instruction.update({"prompts": 48, "max_candidates": 960, "batch": 96})

@@ -5,8 +5,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-# These tests compile much and run little, so the compiler's own optimisations cost more than they bring.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+from xla_flags import xla_flags
+
+os.environ.setdefault("XLA_FLAGS", xla_flags(8))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -41,6 +42,20 @@ def programs_are_let_go():
     the compiler ends it: those of a file go when it is done."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def command_environment(tmp_path_factory):
+    """The environment of a command that a test starts: one device, and what one command has compiled the next one
+    finds, whichever worker starts it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return os.environ | {
+        "XLA_FLAGS": xla_flags(),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from xla_flags import xla_flags
 
 from srlm_jax.convert import convert
 from srlm_jax.errors import UserError
@@ -351,7 +352,7 @@ def test_a_tokenizer_with_fewer_ids_than_the_model_is_mentioned(hf, capsys):
 
 
 def command(module, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     line = [sys.executable, "-m", f"srlm_jax.{module}", *map(str, arguments)]
     return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 

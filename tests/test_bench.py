@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from xla_flags import xla_flags
 
 from srlm_jax.bench import load, load_once
 from srlm_jax.bench.workload import SHAPES
@@ -139,7 +140,7 @@ def test_a_peer_that_is_not_installed_is_named(half, monkeypatch):
 
 
 def command(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     line = [sys.executable, "-m", "srlm_jax.bench", *map(str, arguments)]
     return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from xla_flags import xla_flags
 
 from srlm_jax.convert import convert
 from srlm_jax.data import world
@@ -215,7 +216,7 @@ def test_a_conversion_that_fails_leaves_nothing(source, tmp_path, monkeypatch, t
 
 
 def command(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     line = [sys.executable, "-m", "srlm_jax.convert", *map(str, arguments)]
     return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 

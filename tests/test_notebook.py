@@ -1,6 +1,5 @@
 """The notebook runs top to bottom, from either folder, and is stored without what it printed."""
 
-import os
 import re
 from pathlib import Path
 
@@ -28,17 +27,11 @@ def plots(outputs):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_top_to_bottom_from_either_folder(tmp_path, tmp_path_factory):
+def test_the_notebook_runs_top_to_bottom_from_either_folder(tmp_path, command_environment):
     (tmp_path / "notebooks").mkdir()
     for name in ("configs", "srlm_jax"):
         (tmp_path / name).symlink_to(ROOT / name)
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": compiled,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "IPYTHONDIR": str(tmp_path / "ipython"),
-    }
+    environment = command_environment | {"IPYTHONDIR": str(tmp_path / "ipython")}
     first = execute(tmp_path / "notebooks", environment)
     assert plots(first) == 3
     assert all(f"\n{model} " in printed(first) for model in ("M0", "SFT", "M1", "M2", "M3"))

@@ -211,6 +211,11 @@ class Settings:
             self.check_demonstrations("config.seed_data.rules.ift_prompts is", prompts)
             if prompts == 0:
                 raise BadConfig("config.seed_data.rules.ift_prompts is 0: the SFT baseline needs answers to learn from")
+            if self.seed_data.rules.eft_eval_prompts < 2:
+                raise BadConfig(
+                    f"config.seed_data.rules.eft_eval_prompts is {self.seed_data.rules.eft_eval_prompts}: judges are "
+                    "measured on at least 2 prompts"
+                )
         if self.endpoint.url is not None and "{name}" not in (self.endpoint.model or ""):
             raise BadConfig(
                 f"config.endpoint.model is {self.endpoint.model!r}: it must hold {{name}}, which stands for m0, sft, "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from xla_flags import xla_flags
 
 from srlm_jax.parallel import hosts
 from srlm_jax.storage.checkpoint import BadCheckpoint
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def both(*what, silence_s=60):
     """Both processes' (exit status, JSON that they print, what else they say). One that hangs is killed when the other
     has ended."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), address]

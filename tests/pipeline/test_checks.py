@@ -90,6 +90,7 @@ BAD = [
     ({"seed_data.rules.ift_prompts": 0, "models": 1}, "config.seed_data.rules.ift_prompts is 0: the SFT baseline"),
     ({"seed_data.rules.eft_train_prompts": 0}, "config.seed_data.rules.eft_train_prompts is 0, and"),
     ({"seed_data.rules.eft_train_prompts": 0, "seed_data.eft": "ranks"}, "config.seed_data.rules.eft_train_prompts is"),
+    ({"seed_data.rules.eft_eval_prompts": 0}, "config.seed_data.rules.eft_eval_prompts is 0: judges are measured on"),
     ({"seed_data.trees": "missing.jsonl"}, "config.seed_data.trees: "),
     ({"seed_data.trees": "broken.jsonl"}, "config.seed_data.trees: "),
     ({"seed_data.ift": "prompts.jsonl"}, "config.seed_data.eft_train is not given"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from etils import epath
+from xla_flags import xla_flags
 
 from srlm_jax.storage import jsonl
 
@@ -59,7 +60,7 @@ def pair(tmp_path):
     def run(redo, workdirs):
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        environment = os.environ | {"XLA_FLAGS": xla_flags(4)}
         for number, workdir in enumerate(workdirs):
             arguments = [f"localhost:{port}", str(number), str(workdir), redo]
             processes.append(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def test_a_process_that_has_nothing_to_do_in_a_stage_holds_up_none(tmp_path):
     job = [
         subprocess.Popen(
             [sys.executable, "-c", STAGES, address, str(number), str(tmp_path)],
-            cwd=ROOT, env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+            cwd=ROOT, env=os.environ | {"XLA_FLAGS": xla_flags()},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)

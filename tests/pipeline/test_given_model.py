@@ -4,7 +4,6 @@ model of stories, with a server for its mouth."""
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -450,19 +449,14 @@ def test_a_validation_prompt_that_is_too_long_is_named(config, tmp_path, monkeyp
 
 
 @pytest.fixture
-def command(few, tmp_path):
+def command(few, command_environment):
     """`command(2, endpoint__model="m")`: the main command on one device; its status, what it printed, its last line."""
 
     def run(models, **changes):
         flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in (few | LIGHT | changes).items()]
-        environment = os.environ | {
-            "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
         done = subprocess.run(
             [sys.executable, "-m", "srlm_jax.main", f"--config=configs/iter{models}.py:llama2_7b", *flags],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+            cwd=ROOT, env=command_environment, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         return done.returncode, done.stdout, done.stderr.strip().split("\n")[-1]
 

@@ -4,7 +4,6 @@ One job of each kind is made and kept; what kills something works on a copy. `py
 """
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -15,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+DEVICES = 4  # of all processes
 TIMEOUT_S = 20  # after which a process that is silent counts as gone
 CLOCK = ("seconds", "tokens_per_second")
 
@@ -31,16 +32,12 @@ STAGES = (
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """`start(workdir, processes, ...)`: eight devices, shared by so many processes, which make all models up to M3."""
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+def start(command_environment):
+    """`start(workdir, processes, ...)`: four devices, shared by so many processes, which make all models up to M3."""
 
     def start(workdir, processes, *changes):
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": compiled,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        environment = command_environment | {
+            "XLA_FLAGS": xla_flags(DEVICES // processes),
             "PYTHONPATH": str(ROOT),
         }
         with socket.create_server(("127.0.0.1", 0)) as free:

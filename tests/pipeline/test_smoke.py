@@ -4,7 +4,6 @@ One run is made and kept; every other test works on a copy of it.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -41,25 +40,14 @@ STAGES = (
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One device, and compiled programs shared by all runs."""
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
-    return os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": compiled,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-@pytest.fixture(scope="module")
-def start(environment):
+def start(command_environment):
     """`start(workdir, "--redo=...")`: the command at the smoke scale, running."""
 
     def start(workdir, *arguments, config="iter3"):
         command = [sys.executable, "-m", "srlm_jax.main", f"--config=configs/{config}.py:smoke"]
         return subprocess.Popen(
             [*command, f"--config.workdir={workdir}", *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=command_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     return start
@@ -250,8 +238,8 @@ def test_a_second_start_redoes_nothing(finished, copy, run):
 
 def test_killed_anywhere_and_started_again_a_run_ends_the_same(finished, tmp_path, start, run, load):
     workdir, rng = tmp_path / "run", random.Random(0)
-    # Five moments: some way into the pretraining, after it was saved, and into four stages drawn by lot.
-    chosen = sorted(rng.sample(range(STAGES.index("m0/eval"), len(STAGES) - 1), 4))
+    # Three moments: some way into the pretraining, after it was saved, and into two stages drawn by lot.
+    chosen = sorted(rng.sample(range(STAGES.index("m0/eval"), len(STAGES) - 1), 2))
     moments = [("m0/train", workdir / "m0" / "train_state" / "50")]
     moments += [(STAGES[i], workdir / "ledger" / f"{STAGES[i].replace('/', '.')}.json") for i in chosen]
     interrupted = []
@@ -304,19 +292,19 @@ def test_the_first_config_stops_at_the_first_model(copy, run):
 # --- compiled programs ------------------------------------------------------------------------------------------------
 
 
-def test_a_round_compiles_twelve_programs_at_most_and_the_next_one_a_training_step_at_most(copy, environment):
+def test_a_round_compiles_twelve_programs_at_most_and_the_next_one_what_its_pairs_need(copy, command_environment):
     """Of those that read a model's weights; the last file of judgements has fewer groups, and takes two of its own. How
-    many rows packed pairs take depends on the round's pairs."""
+    many rows packed pairs take and how long the longest one is depend on the round's pairs."""
     script = ROOT / "tests" / "pipeline" / "counted_programs.py"
     done = subprocess.run(
         [sys.executable, str(script), str(copy)],
-        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=command_environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rounds = json.loads(done.stdout.splitlines()[-1])
     assert {"admit", "decode", "response_logprobs", "train_step"} <= {*rounds["m2"]}
     assert len(rounds["m2"]) <= 12
-    assert rounds["m3"] in ([], ["train_step"])
+    assert {*rounds["m3"]} <= {"train_step", "response_logprobs"} and len(rounds["m3"]) <= 2
 
 
 # --- what a user can put right ----------------------------------------------------------------------------------------

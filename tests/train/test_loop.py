@@ -149,10 +149,11 @@ class NanAbove:
     """Supervised fine-tuning whose loss is not a number where a batch holds token 39."""
 
     sft: SftObjective
+    poison: int
 
     def __call__(self, model, batch, key):
         sums = self.sft(model, batch, key)
-        return sums._replace(loss=jnp.where((batch.tokens_BT == 39).any(), jnp.nan, sums.loss))
+        return sums._replace(loss=jnp.where((batch.tokens_BT == self.poison).any(), jnp.nan, sums.loss))
 
 
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(run, tmp_path):
@@ -162,13 +163,17 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(run, tmp
     poisoned = next(step for step in range(1, 11) if (next(batches).tokens_BT == 39).any())
     assert poisoned > CONFIG.checkpoint_every  # so that there is a saved state to keep
     with pytest.raises(Diverged, match=rf"^loss is nan at step {poisoned} \(this run started at step 0\)"):
-        run(tmp_path / "diverged", rows=rows, objective=NanAbove(sft=SFT))
+        run(tmp_path / "diverged", rows=rows, objective=NanAbove(sft=SFT, poison=39))
 
     # What is saved is sound: a training that does not stumble over the row goes on from there.
     saved = (poisoned - 1) // CONFIG.checkpoint_every * CONFIG.checkpoint_every
     assert [p.name for p in (tmp_path / "diverged" / "train_state").iterdir() if p.name.isdigit()] == [str(saved)]
     assert max(line["step"] for line in metrics(tmp_path / "diverged")) < poisoned
-    assert model_hash(run(tmp_path / "diverged", rows=rows)) == model_hash(run(tmp_path / "straight", rows=rows))
+    # The same program but for the token, since the compiler may round another one otherwise.
+    sound = NanAbove(sft=SFT, poison=38)
+    assert all(38 not in row.ids for row in rows)
+    goes_on, straight = (run(tmp_path / name, rows=rows, objective=sound) for name in ("diverged", "straight"))
+    assert model_hash(goes_on) == model_hash(straight)
 
 
 def test_a_step_that_is_no_number_is_never_saved(run, tmp_path):
