@@ -261,7 +261,9 @@ ANSWERS, VERDICTS = (1, 4, 391, 0.6, 1_024, 16), (4, 3, 150, 0.4, 256, 6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "lengths"), [(64, ANSWERS), (256, ANSWERS), (96, VERDICTS)])
+@pytest.mark.parametrize(
+    ("rows", "lengths"), [(64, ANSWERS), pytest.param(256, ANSWERS, marks=pytest.mark.long), (96, VERDICTS)]
+)
 def test_rows_are_hardly_ever_idle(make_llama, one_device, rows, lengths):
     """Lengths are spread as those of answers and judgements are, and there are 60 samples a row. With the beginning and
     the end of it all, 95 of 100 row's steps give a token that is wanted; batches that wait for their longest, 40."""
@@ -353,7 +355,9 @@ def divisible(make_llama, one_device):
     return model, run, run(model, one_device("data", "tensor"))
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "tensor", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long), 8]
+)
 def test_rows_and_heads_split_over_8_devices_change_no_sample(divisible, tensor):
     """And neither do layers that are no stack."""
     model, run, wanted = divisible

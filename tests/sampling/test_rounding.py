@@ -125,7 +125,7 @@ def test_neither_the_engines_width_nor_the_order_of_groups_changes_a_sample(tiny
     assert drawn(tiny_llama, groups[::-1], kind, mesh) == wanted[::-1]
 
 
-@pytest.mark.parametrize("tensor", [2, 8])
+@pytest.mark.parametrize("tensor", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_rows_and_heads_split_over_8_devices_change_no_sample(make_llama, one_device, tensor):
     model, groups, kind = make_llama(N=8, K=8, L=1), tree(4), ("int8", "int8")
     wanted = drawn(model, groups, kind, one_device("data", "tensor"))
