@@ -146,7 +146,7 @@ def test_a_line_that_the_kill_cut_short_is_forgotten(run, straight, tmp_path):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NanAbove:
-    """Supervised fine-tuning whose loss is not a number where a batch holds token 39."""
+    """Supervised fine-tuning whose loss is not a number where a batch holds the token `poison`."""
 
     sft: SftObjective
     poison: int
