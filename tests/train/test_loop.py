@@ -181,7 +181,7 @@ def test_a_step_that_is_no_number_is_never_saved(run, tmp_path):
     rows = [Row((39, 39), 1)] * 8
     every_step = dataclasses.replace(CONFIG, log_every=14, checkpoint_every=1)
     with pytest.raises(Diverged, match="at step 1 "):
-        run(tmp_path / "diverged", rows=rows, objective=NanAbove(sft=SFT), config=every_step)
+        run(tmp_path / "diverged", rows=rows, objective=NanAbove(sft=SFT, poison=39), config=every_step)
     assert not [p for p in (tmp_path / "diverged" / "train_state").iterdir() if p.name.isdigit()]
 
 
